@@ -1,0 +1,1 @@
+"""What runs a Cargo. `base` has the interface, each folder beside it one implementation."""
