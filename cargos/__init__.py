@@ -1,1 +1,1 @@
-"""Cargos: manifest and catalogue (pure), fetching and storing of their files, and the runtimes that run them."""
+"""Cargos: manifest and catalogue (pure), fetching and storing of their files; runtimes that run them."""
