@@ -1,0 +1,1 @@
+"""Where jobs go and how they survive: adverts, placement, supervision. Pure."""
