@@ -1,0 +1,1 @@
+"""The Island: libp2p network, RPC, job service, and the command `archi-node`."""

@@ -1,0 +1,60 @@
+"""The settings of an Island (`archi-node`). docs/configuration.md has them in prose."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from node.settings import Settings
+from protocol.limits import MAX_NAME_CHARS
+
+
+def default_data_dir() -> Path:
+    """`$XDG_DATA_HOME/archipelag`, where identity and state live."""
+    base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(base) / "archipelag"
+
+
+class NetworkSettings(Settings, frozen=True):
+    """`listen`: multiaddrs to listen on (port 0: any). `coordinators`: full multiaddrs, with /p2p/ID, of
+    the gateways to work for.
+    """
+
+    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    coordinators: tuple[str, ...] = ()
+
+
+class EngineSettings(Settings, frozen=True):
+    """`threads`: per loaded Cargo; one is right wherever Islands share cores. `slots`: sequences decoded
+    together. `queue`: jobs that may wait beyond that before the Island answers "busy".
+    """
+
+    threads: Annotated[int, Meta(ge=1, le=256)] = 1
+    slots: Annotated[int, Meta(ge=1, le=64)] = 8
+    queue: Annotated[int, Meta(ge=0, le=10_000)] = 32
+    context_length: Annotated[int, Meta(ge=0, le=262_144)] = 0
+    """Tokens per sequence; 0: as the Cargo says."""
+
+
+class LogSettings(Settings, frozen=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["console", "json"] = "console"
+
+
+class NodeSettings(Settings, frozen=True):
+    name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)] = platform.node() or "island"
+    data_dir: str = ""
+    cache_dir: str = ""
+    region: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
+    cargos: tuple[str, ...] = ("smollm2-135m",)
+    network: NetworkSettings = NetworkSettings()
+    engine: EngineSettings = EngineSettings()
+    log: LogSettings = LogSettings()
+
+    @property
+    def data_path(self) -> Path:
+        return Path(self.data_dir).expanduser() if self.data_dir else default_data_dir()
