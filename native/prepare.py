@@ -1,0 +1,202 @@
+"""Prepares `.venv`: what `make setup` runs. Standard library only; says what it does while it does it.
+
+Steps, each skipped when its inputs have not changed since it last succeeded:
+system packages (installed with apt-get when that is possible, else named in one line), the virtual
+environment, build requirements, the native engine (llama.cpp: the long part, cached as a wheel), the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+WHEELS = ROOT / ".cache" / "wheels"
+STAMP = VENV / ".prepared"
+LOCKS = ROOT / "locks"
+
+# What must be there -> Debian's package for it. Python's headers and GMP: for the sources among our
+# dependencies (fastecdsa); the compiler: for those and llama.cpp.
+COMMANDS = {"gcc": "gcc", "g++": "g++", "make": "make"}
+HEADERS = {"gmp.h": "libgmp-dev", "Python.h": "python3-dev"}
+
+NINJA_STEP = re.compile(r"\[(\d+)/(\d+)\]")
+
+
+def main() -> int:
+    dev = "--run-only" not in sys.argv[1:]
+    lock = LOCKS / ("dev.txt" if dev else "run.txt")
+    if sys.version_info < (3, 11):  # noqa: UP036 - run by whatever python3 the machine has
+        return fail(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}")
+    stamp = fingerprint(
+        [lock, LOCKS / "build.txt", LOCKS / "native.txt", ROOT / "pyproject.toml", Path(__file__)]
+    )
+    if STAMP.exists() and STAMP.read_text() == stamp and PYTHON.exists():
+        return 0
+    started = time.monotonic()
+    missing = missing_system_packages()
+    if missing and not install_system_packages(missing):
+        return fail(f"missing system packages; run:  sudo apt-get install {' '.join(missing)}")
+    if not PYTHON.exists():
+        say("virtual environment in .venv")
+        try:
+            venv.create(VENV, with_pip=True, clear=VENV.exists())
+        except subprocess.CalledProcessError:
+            return fail(
+                "this Python can not make virtual environments; run:  sudo apt-get install python3-venv"
+            )
+    say("build requirements")
+    pip("install", "--require-hashes", "-r", str(LOCKS / "build.txt"))
+    wheel = native_wheel()
+    say(f"{count(lock)} packages")
+    pip("install", "--no-deps", str(wheel))
+    pip("install", "--require-hashes", "--no-build-isolation", "-r", str(without_native(lock)))
+    pip("install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    STAMP.write_text(stamp)
+    say(f"ready after {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def missing_system_packages() -> list[str]:
+    missing = {package for command, package in COMMANDS.items() if shutil.which(command) is None}
+    include = [Path(sysconfig.get_paths()["include"]), Path("/usr/include"), Path("/usr/local/include")]
+    include += list(Path("/usr/include").glob("*-linux-gnu")) if Path("/usr/include").is_dir() else []
+    for header, package in HEADERS.items():
+        if not any((folder / header).exists() for folder in include):
+            missing.add(package)
+    return sorted(missing)
+
+
+def install_system_packages(packages: list[str]) -> bool:
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        return False
+    say(f"system packages: {' '.join(packages)}")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-qy", *packages]):
+        if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode != 0:
+            return False
+    return not missing_system_packages()
+
+
+def native_wheel() -> Path:
+    """Build llama-cpp-python's wheel once per lock, machine type and Python; keep it in .cache."""
+    slim = ROOT / "native" / "slim.cmake"
+    key = fingerprint([LOCKS / "native.txt", slim])[:12] + f"-{sys.implementation.cache_tag}-{cpu_key()}"
+    folder = WHEELS / key
+    built = next(iter(folder.glob("llama_cpp_python-*.whl")), None)
+    if built is not None:
+        return built
+    say("native engine (llama.cpp): a few minutes on two cores")
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    environment = {
+        **os.environ,
+        "CMAKE_ARGS": f"-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE={slim} {os.environ.get('CMAKE_ARGS', '')}",
+        "PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = [
+        *(str(PYTHON), "-m", "pip", "wheel", "-v", "--no-deps", "--no-cache-dir", "--no-build-isolation"),
+        *("--require-hashes", "-w", str(partial), "-r", str(LOCKS / "native.txt")),
+    ]
+    log = partial / "build.log"
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as build,
+    ):
+        assert build.stdout is not None  # noqa: S101 - Popen(stdout=PIPE) guarantees it
+        shown = 0.0
+        for line in build.stdout:
+            out.write(line)
+            step = NINJA_STEP.search(line)
+            if step and (time.monotonic() - shown > 1.0 or step[1] == step[2]):
+                progress(int(step[1]), int(step[2]))
+                shown = time.monotonic()
+    if sys.stdout.isatty():
+        print()
+    if build.returncode != 0:
+        tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-25:])
+        raise SystemExit(fail(f"the native engine did not build; the end of {log}:\n{tail}"))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return next(folder.glob("llama_cpp_python-*.whl"))
+
+
+def cpu_key() -> str:
+    """The build uses this processor's instructions, so a wheel does not move to another kind of machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(flags.encode()).hexdigest()[:8]
+
+
+def without_native(lock: Path) -> Path:
+    """The lock less the engine, which is installed from our own build of the same source."""
+    kept: list[str] = []
+    skipping = False
+    for line in lock.read_text().splitlines():
+        if not line.startswith(" "):
+            skipping = line.startswith("llama-cpp-python==")
+        if not skipping:
+            kept.append(line)
+    target = VENV / f"{lock.stem}-without-native.txt"
+    target.write_text("\n".join(kept) + "\n")
+    return target
+
+
+def pip(*arguments: str) -> None:
+    command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments]
+    if not sys.stdout.isatty():
+        command.append("--quiet")
+    if subprocess.run(command, check=False).returncode != 0:
+        raise SystemExit(fail("pip failed; its own words are above. Is the package index within reach?"))
+
+
+def fingerprint(files: list[Path]) -> str:
+    digest = hashlib.sha256(sys.version.encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def count(lock: Path) -> int:
+    return sum(1 for line in lock.read_text().splitlines() if "==" in line)
+
+
+def progress(done: int, total: int) -> None:
+    text = f"  compiling {done}/{total}"
+    if sys.stdout.isatty():
+        print(f"\r{text}", end="", flush=True)
+    elif done == total or done % 10 == 0:
+        print(text, flush=True)
+
+
+def say(text: str) -> None:
+    print(f"setup: {text}", flush=True)
+
+
+def fail(text: str) -> int:
+    print(f"setup: {text}", file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nsetup: interrupted; run it again to go on", file=sys.stderr)
+        sys.exit(130)
