@@ -100,9 +100,10 @@ def native_wheel() -> Path:
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    slimming = f"-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE={slim}"
     environment = {
         **os.environ,
-        "CMAKE_ARGS": f"-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE={slim} {os.environ.get('CMAKE_ARGS', '')}",
+        "CMAKE_ARGS": f"{slimming} {os.environ.get('CMAKE_ARGS', '')}",
         "PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ['PATH']}",
     }
     command = [
