@@ -73,13 +73,14 @@ class RuntimeSpec:
     """What of a Cargo's manifest and the Island's configuration a runtime needs.
 
     `files`: the Cargo's files by name, on disk and verified. `threads`: of the engine. `slots`: sequences
-    decoded together at most.
+    decoded together at most. `system_prompt`: put before a conversation that has none of its own.
     """
 
     name: str
     files: dict[str, str]
     context_length: int
     chat_template: str | None = None
+    system_prompt: str | None = None
     slots: int = 8
     threads: int = 1
 

@@ -1,0 +1,134 @@
+"""`archi-node`: run an Island, look into a running one, see what this machine can do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import trio
+
+from cargos import cli as cargo_cli
+from cargos.errors import CargoError
+from node.config import NodeSettings
+from node.control import NotRunning, ask_status
+from node.doctor import examine, show_findings
+from node.identity import IdentityError, load_or_create_identity
+from node.island import VERSION, Island, IslandState
+from node.p2p import Unreachable
+from node.runner import add_settings_flags, guarded, run_program, settings_from
+from node.status import show_status
+
+_SHORTCUTS = (
+    ("--name", "name", "the Island's name, for people"),
+    ("--data-dir", "data_dir", "where identity and state live"),
+    ("--cargo", "cargos", "Cargos to run: names or manifest files, separated by commas"),
+    ("--coordinator", "network.coordinators", "multiaddrs of gateways to work for, separated by commas"),
+    ("--listen", "network.listen", "multiaddrs to listen on, separated by commas"),
+    ("--threads", "engine.threads", "engine threads per Cargo"),
+    ("--log-format", "log.format", "console or json"),
+)
+
+_EPILOG = """\
+examples:
+  archi-node doctor                                   what this machine can run, and what is missing
+  archi-node run --coordinator /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW...
+  archi-node status                                   a live table of the Island on this machine
+  ARCHI_ENGINE_THREADS=4 archi-node run --config island.toml
+
+Settings come from the file, then ARCHI_* variables, then flags; each overrides the one before.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="archi-node",
+        description="Run an Island: this machine's share of the archipelag network.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"archi-node {VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the Island until Ctrl-C")
+    add_settings_flags(run, _SHORTCUTS)
+    run.add_argument("--until-stdin-closes", action="store_true", help="also stop when standard input closes")
+    run.set_defaults(handler=_run)
+
+    ident = commands.add_parser("id", help="print this Island's peer id (made on first use)")
+    add_settings_flags(ident, _SHORTCUTS[1:2])
+    ident.set_defaults(handler=_id)
+
+    status = commands.add_parser("status", help="a live table of the running Island")
+    add_settings_flags(status, _SHORTCUTS[1:2])
+    status.add_argument("--json", action="store_true", help="one snapshot as JSON")
+    status.add_argument("--once", action="store_true", help="one snapshot, then exit")
+    status.set_defaults(handler=_status)
+
+    doctor = commands.add_parser("doctor", help="what this machine can run, what is missing and how to get it")
+    add_settings_flags(doctor, _SHORTCUTS)
+    doctor.add_argument("--json", action="store_true", help="for scripts")
+    doctor.set_defaults(handler=_doctor)
+
+    cargo_cli.register(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    return guarded(arguments.handler, arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    settings = settings_from(arguments, NodeSettings)
+
+    async def announce(state: IslandState) -> None:
+        for address in state.host.addresses:
+            print(f"listening {address}", flush=True)
+
+    async def island() -> None:
+        await Island(settings).run(ready=announce)
+
+    return run_program(
+        island,
+        logs=settings.log,
+        expected=(IdentityError, CargoError, Unreachable, OSError),
+        until_stdin_closes=arguments.until_stdin_closes,
+    )
+
+
+def _id(arguments: argparse.Namespace) -> int:
+    settings = settings_from(arguments, NodeSettings)
+    try:
+        print(load_or_create_identity(settings.data_path / "identity.key").peer)
+    except (IdentityError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    settings = settings_from(arguments, NodeSettings)
+    try:
+        if arguments.json:
+            print(json.dumps(trio.run(ask_status, settings.data_path), indent=2))
+        else:
+            trio.run(show_status, settings.data_path, arguments.once or not sys.stdout.isatty())
+    except NotRunning as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    settings = settings_from(arguments, NodeSettings)
+    findings = trio.run(examine, settings)
+    if arguments.json:
+        print(json.dumps([finding.as_dict() for finding in findings], indent=2))
+    else:
+        show_findings(findings)
+    return 1 if any(finding.state == "missing" for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

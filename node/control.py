@@ -1,0 +1,131 @@
+"""The local status socket: how `archi-node status` looks into a running Island.
+
+A UNIX socket, mode 0600, in the Island's data directory: who may read the directory may look. One line
+asks, one line of JSON answers; nothing can be changed through it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import trio
+
+if TYPE_CHECKING:
+    from node.island import IslandState
+
+#: The kernel's limit for the path of a UNIX socket is 108 bytes with its end.
+MAX_SOCKET_PATH: Final = 100
+MAX_ANSWER_BYTES: Final = 4 * 1024 * 1024
+REQUEST: Final = b"status\n"
+
+
+class NotRunning(Exception):
+    """No Island answers at this data directory."""
+
+
+def socket_path(data_dir: Path) -> Path:
+    """Where the socket of the Island with this data directory lies."""
+    path = data_dir.absolute() / "control.sock"
+    if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
+        return path
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"archipelag-{os.getuid()}" / f"{name}.sock"
+
+
+async def serve_control(
+    data_dir: Path, state: IslandState, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Answer status requests until cancelled."""
+    path = socket_path(data_dir)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        await listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen()
+
+        async def answer(stream: trio.SocketStream) -> None:
+            with trio.move_on_after(5):
+                try:
+                    await stream.receive_some(len(REQUEST))
+                    await stream.send_all(msgspec.json.encode(snapshot(state)) + b"\n")
+                except trio.BrokenResourceError:
+                    pass  # whoever asked has gone
+
+        task_status.started()
+        await trio.serve_listeners(answer, [trio.SocketListener(listener)])
+    finally:
+        path.unlink(missing_ok=True)
+
+
+async def ask_status(data_dir: Path) -> dict[str, Any]:
+    """The snapshot of the Island with this data directory. Raises NotRunning."""
+    path = socket_path(data_dir)
+    try:
+        with trio.fail_after(5):
+            async with await trio.open_unix_socket(str(path)) as stream:
+                await stream.send_all(REQUEST)
+                answer = bytearray()
+                async for chunk in stream:
+                    answer += chunk
+                    if len(answer) > MAX_ANSWER_BYTES:
+                        break
+        return msgspec.json.decode(bytes(answer), type=dict[str, Any])
+    except (OSError, trio.TooSlowError, msgspec.DecodeError) as error:
+        raise NotRunning(f"no Island answers at {data_dir}; start one with: archi-node run") from error
+
+
+def snapshot(state: IslandState) -> dict[str, Any]:
+    """Everything that `archi-node status` shows, as plain values. Times in seconds, rates in tokens/s."""
+    jobs = state.jobs
+    now = trio.current_time()
+    return {
+        "name": state.settings.name,
+        "peer": state.identity.peer,
+        "addresses": list(state.host.addresses),
+        "uptime_s": round(time.monotonic() - state.started, 1),
+        "draining": jobs.draining,
+        "cargos": [
+            {
+                "name": hosted.entry.manifest.name,
+                "version": hosted.entry.manifest.version,
+                "digest": digest,
+                "state": hosted.state,
+                "detail": hosted.detail,
+                "done_bytes": hosted.done_bytes,
+                "total_bytes": hosted.total_bytes,
+                "load": msgspec.to_builtins(hosted.runtime.load()) if hosted.runtime is not None else None,
+            }
+            for digest, hosted in state.cargos.items()
+        ],
+        "peers": [
+            {
+                "peer": view.peer,
+                "name": view.name,
+                "roles": list(view.roles),
+                "address": view.address,
+                "state": view.state,
+                "rtt_ms": None if view.rtt_ns is None else round(view.rtt_ns / 1e6, 3),
+            }
+            for view in state.peers.table()
+        ],
+        "jobs": [
+            {
+                "job": job.job,
+                "consumer": job.consumer,
+                "state": job.state,
+                "tokens": job.tokens,
+                "age_s": round(now - job.started, 2),
+            }
+            for job in jobs.jobs.values()
+        ],
+        "counters": msgspec.to_builtins(jobs.counters),
+    }

@@ -1,0 +1,273 @@
+"""One Island, assembled: network, Cargos, jobs, adverts, status.
+
+Everything runs in one trio task tree; leaving `run_island` (Ctrl-C, SIGTERM) ends all of it: running jobs are
+handed over by their gateways, worker processes and listeners are gone.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Final
+
+import psutil
+import structlog
+import trio
+
+from cargos.catalogue import CargoEntry
+from cargos.errors import CargoError
+from cargos.manifest import RuntimeType
+from cargos.resolve import resolve_cargo
+from cargos.runtimes.base import Runtime, RuntimeSpec
+from cargos.runtimes.llama import open_llama
+from cargos.store import CargoStore, FetchProgress, default_root
+from node.config import NodeSettings
+from node.control import serve_control
+from node.identity import Identity, load_or_create_identity
+from node.jobs import JobService
+from node.p2p import Host, open_host
+from node.peers import CallFailed, Peers, PeerUnreachable, PeerUp, open_peers
+from protocol.adverts import (
+    ACCEPTED,
+    ADVERT_INTERVAL_NS,
+    ADVERT_KIND,
+    ADVERT_TTL_NS,
+    METHOD_ADVERT,
+    Hello,
+    IslandAdvert,
+    OfferedCargo,
+)
+from protocol.dice import Dice
+from protocol.ids import PeerId
+from protocol.instants import SECOND_NS, Instant, UnixNs
+from protocol.jobs import JOB_PROTOCOL
+
+VERSION: Final = package_version("archipelag")
+ROLE_ISLAND: Final = "island"
+ROLE_COORDINATOR: Final = "coordinator"
+
+#: Changes that come close together (jobs starting) share one advert.
+ADVERT_COALESCE_S: Final = 0.05
+
+#: A coordinator that takes longer than this for an advert gets the next one instead.
+ADVERT_DEADLINE_NS: Final = 2 * SECOND_NS
+
+#: At the end, coordinators are told that this Island is leaving; none may hold up the exit.
+FAREWELL_S: Final = 0.5
+
+_log = structlog.get_logger("island")
+
+
+def unix_now() -> UnixNs:
+    return UnixNs(time.time_ns())
+
+
+def monotonic_now() -> Instant:
+    return Instant(time.monotonic_ns())
+
+
+@dataclass(slots=True)
+class HostedCargo:
+    """A Cargo on this Island, from the moment it was asked for."""
+
+    entry: CargoEntry
+    state: str = "fetching"
+    detail: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+    runtime: Runtime | None = None
+
+
+@dataclass(slots=True)
+class IslandState:
+    """What `archi-node status` shows."""
+
+    settings: NodeSettings
+    identity: Identity
+    host: Host
+    peers: Peers
+    jobs: JobService
+    cargos: dict[str, HostedCargo] = field(default_factory=dict[str, HostedCargo])
+    started: float = field(default_factory=time.monotonic)
+
+
+class Island:
+    """Settings made into a running Island by `run`."""
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self.settings = settings
+        self.identity = load_or_create_identity(settings.data_path / "identity.key")
+        self.store = CargoStore(Path(settings.cache_dir).expanduser() if settings.cache_dir else default_root())
+        self._runtimes: dict[str, Runtime] = {}
+        self._changed = trio.Event()
+        # Later than any number of an earlier run, whatever happened to our disk.
+        self._sequence = time.time_ns()
+        self.state: IslandState
+
+    async def run(self, *, ready: Callable[[IslandState], Awaitable[None]] | None = None) -> None:
+        """Run until cancelled. `ready` is called once the Island listens (its Cargos may still load)."""
+        settings = self.settings
+        hello = Hello(settings.name, VERSION, (ROLE_ISLAND,))
+        dice = Dice(int.from_bytes(secrets.token_bytes(8), "little"))
+        entries = [resolve_cargo(reference) for reference in settings.cargos]
+        async with (
+            open_host(self.identity, settings.network.listen) as host,
+            open_peers(host, hello=hello, dice=dice) as peers,
+        ):
+            jobs = JobService(
+                signer=self.identity.signer,
+                runtimes=self._runtimes,
+                queue=settings.engine.queue,
+                unix_now=unix_now,
+                changed=self._note_change,
+            )
+            state = self.state = IslandState(settings, self.identity, host, peers, jobs)
+            host.handle(JOB_PROTOCOL, jobs.handle)
+            for address in settings.network.coordinators:
+                peers.keep(address)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(serve_control, settings.data_path, state)
+                _log.info("listening", name=settings.name, peer=host.peer, addresses=list(host.addresses))
+                for entry in entries:
+                    hosted = state.cargos[entry.digest] = HostedCargo(entry)
+                    nursery.start_soon(self._host_cargo, hosted)
+                nursery.start_soon(self._advertise)
+                nursery.start_soon(self._greet_coordinators)
+                try:
+                    if ready is not None:
+                        await ready(state)
+                    await trio.sleep_forever()
+                finally:
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_S):
+                        jobs.draining = True
+                        await self._advertise_once()
+
+    # --- Cargos -------------------------------------------------------------------------------------
+
+    async def _host_cargo(self, hosted: HostedCargo) -> None:
+        """Fetch, load and keep a Cargo. What fails here is shown and advertised, not raised."""
+        manifest = hosted.entry.manifest
+        log = _log.bind(cargo=f"{manifest.name}@{manifest.version}")
+
+        def note(progress: FetchProgress) -> None:
+            hosted.done_bytes, hosted.total_bytes = progress.done_bytes, progress.total_bytes
+
+        try:
+            files = await self.store.ensure(manifest, base=hosted.entry.base, progress=note)
+        except CargoError as error:
+            hosted.state, hosted.detail = "failed", str(error)
+            log.warning("cargo not available", problem=error.problem, hint=error.hint)
+            self._note_change()
+            return
+        if manifest.runtime is not RuntimeType.LLMCPP:
+            hosted.state, hosted.detail = "failed", f"this Island has no runtime for {manifest.runtime} Cargos"
+            log.warning("cargo not runnable", detail=hosted.detail)
+            self._note_change()
+            return
+        engine = self.settings.engine
+        spec = RuntimeSpec(
+            name=manifest.name,
+            files={file.role: str(files[file.name]) for file in manifest.files},
+            context_length=engine.context_length or manifest.context_length,
+            chat_template=manifest.chat_template,
+            system_prompt=manifest.defaults.system_prompt,
+            slots=engine.slots,
+            threads=engine.threads,
+        )
+        hosted.state = "loading"
+        self._note_change()
+        async with open_llama(spec) as runtime:
+            hosted.runtime = self._runtimes[hosted.entry.digest] = runtime
+            last = ""
+            while True:
+                load = runtime.load()
+                hosted.state, hosted.detail = load.state, load.detail
+                if load.state != last:
+                    log.info(
+                        "cargo state",
+                        state=load.state,
+                        decode_tps=round(load.decode_tps),
+                        prefill_tps=round(load.prefill_tps),
+                        detail=load.detail or None,
+                    )
+                    last = load.state
+                    self._note_change()
+                await trio.sleep(0.1 if load.state == "loading" else 1.0)
+
+    # --- adverts ------------------------------------------------------------------------------------
+
+    def _note_change(self) -> None:
+        self._changed.set()
+
+    async def _greet_coordinators(self) -> None:
+        async with self.state.peers.subscribe() as events:
+            async for event in events:
+                if isinstance(event, PeerUp):
+                    self._note_change()
+
+    async def _advertise(self) -> None:
+        while True:
+            await self._advertise_once()
+            with trio.move_on_after(ADVERT_INTERVAL_NS / SECOND_NS):
+                await self._changed.wait()
+                await trio.sleep(ADVERT_COALESCE_S)
+            self._changed = trio.Event()
+
+    async def _advertise_once(self) -> None:
+        coordinators = [view.peer for view in self.state.peers.table() if ROLE_COORDINATOR in view.roles]
+        if not coordinators:
+            return
+        self._sequence += 1
+        envelope = self.identity.signer.seal(
+            ADVERT_KIND,
+            self._advert(),
+            sequence=self._sequence,
+            expires_unix_ns=UnixNs(unix_now() + ADVERT_TTL_NS),
+        )
+
+        async def tell(peer: PeerId) -> None:
+            try:
+                await self.state.peers.call(
+                    peer, METHOD_ADVERT, envelope, ACCEPTED, deadline_ns=ADVERT_DEADLINE_NS
+                )
+            except (CallFailed, PeerUnreachable) as error:
+                _log.debug("advert not taken", peer=peer, reason=str(error))
+
+        async with trio.open_nursery() as nursery:
+            for peer in coordinators:
+                nursery.start_soon(tell, peer)
+
+    def _advert(self) -> IslandAdvert:
+        offers: list[OfferedCargo] = []
+        for digest, hosted in self.state.cargos.items():
+            manifest = hosted.entry.manifest
+            load = hosted.runtime.load() if hosted.runtime is not None else None
+            failed = hosted.state == "failed"
+            offers.append(
+                OfferedCargo(
+                    digest=digest,
+                    name=manifest.name,
+                    version=manifest.version,
+                    runtime=manifest.runtime.value,
+                    state="failed" if failed else load.state if load is not None else "loading",
+                    context_length=self.settings.engine.context_length or manifest.context_length,
+                    slots=self.settings.engine.slots,
+                    active=load.active if load is not None else 0,
+                    queued=load.queued if load is not None else 0,
+                    decode_tps=load.decode_tps if load is not None else 0.0,
+                    prefill_tps=load.prefill_tps if load is not None else 0.0,
+                    publisher=manifest.publisher,
+                )
+            )
+        return IslandAdvert(
+            name=self.settings.name,
+            cargos=tuple(offers),
+            region=self.settings.region,
+            memory_mib=psutil.virtual_memory().available // (1024 * 1024),
+            version=VERSION,
+            draining=self.state.jobs.draining,
+        )

@@ -1,0 +1,133 @@
+"""How our programs start and end: settings from flags, logs, signals, one exit code.
+
+Exit codes: 0 ended as asked (Ctrl-C and SIGTERM included), 1 could not start or broke, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+import structlog
+import trio
+
+from node.config import LogSettings
+from node.logs import set_up_logs
+from node.settings import Settings, SettingsError, load_settings, parse_assignment
+
+S = TypeVar("S", bound=Settings)
+
+#: Exceptions that a person can mend: shown as one message, without a traceback.
+Expected = tuple[type[Exception], ...]
+
+CONFIG_ENV: Final = "ARCHI_CONFIG"
+
+
+def add_settings_flags(parser: argparse.ArgumentParser, shortcuts: Sequence[tuple[str, str, str]]) -> None:
+    """`--config`, `--set`, and one flag per (flag, dotted setting, help)."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"settings in TOML (else ${CONFIG_ENV}); ARCHI_* variables override it, flags override both",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        dest="assignments",
+        help="any setting by its dotted name, for example --set engine.threads=2; may be repeated",
+    )
+    for flag, setting, text in shortcuts:
+        parser.add_argument(flag, metavar="VALUE", dest=f"setting:{setting}", help=f"{text} [{setting}]")
+
+
+def settings_from(arguments: argparse.Namespace, kind: type[S]) -> S:
+    """Settings of this kind from file, environment and the parsed flags. Raises SettingsError."""
+    overrides: dict[str, object] = {}
+    for name, value in vars(arguments).items():
+        if name.startswith("setting:") and value is not None:
+            overrides[name.removeprefix("setting:")] = value
+    for text in arguments.assignments:
+        path, value = parse_assignment(text)
+        overrides[path] = value
+    file = arguments.config or os.environ.get(CONFIG_ENV)
+    return load_settings(
+        kind, file=Path(file).expanduser() if file else None, environ=os.environ, overrides=overrides
+    )
+
+
+def run_program(
+    main: Callable[[], Awaitable[None]],
+    *,
+    logs: LogSettings,
+    expected: Expected = (),
+    until_stdin_closes: bool = False,
+) -> int:
+    """Run a trio program until it ends, a signal comes or (if wanted) standard input closes."""
+    set_up_logs(logs)
+    failures: list[Exception] = []
+
+    async def supervised() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+            if until_stdin_closes:
+                nursery.start_soon(_stop_on_eof, nursery.cancel_scope)
+            try:
+                await main()
+            except* expected as group:
+                failures.extend(_flatten(group))
+            nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(supervised)
+    except* SettingsError as group:
+        failures.extend(_flatten(group))
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Run a command; what a person can mend becomes one message and exit code 2."""
+    try:
+        return command(arguments)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, a pager) is gone; that is no error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+async def _stop_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            structlog.get_logger("run").info("stopping", signal=signal.Signals(number).name)
+            scope.cancel()
+            return
+
+
+async def _stop_on_eof(scope: trio.CancelScope) -> None:
+    async with trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())) as stdin:
+        while await stdin.receive_some(4096):
+            pass
+    scope.cancel()
+
+
+def _flatten(group: BaseExceptionGroup[Exception]) -> list[Exception]:
+    flat: list[Exception] = []
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            flat.extend(_flatten(error))
+        else:
+            flat.append(error)
+    return flat
