@@ -1,0 +1,186 @@
+"""`https:` and `hf:`: one file over HTTP, in several connections if need be (Range: RFC 9110, section 14)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import httpx
+import trio
+
+from cargos.errors import SourceFailed, WrongContent
+from cargos.locator import is_loopback_host
+from cargos.part import Part
+from cargos.progress import Report
+from cargos.sources.settings import FetchSettings
+from protocol.codec import excerpt
+from protocol.limits import KIB
+
+#: The hub redirects once to its storage, mirrors once or twice more.
+MAX_REDIRECTS: Final = 5
+#: A connection that brought less than this counts as failed: a server must not keep us with a byte each.
+MIN_GAIN_BYTES: Final = 256 * KIB
+#: The longest wait that a server may ask of us by Retry-After, in seconds.
+MAX_RETRY_AFTER_S: Final = 30
+USER_AGENT: Final = "archipelag"
+
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\Z")
+
+
+class _Interrupted(Exception):
+    """This connection failed; the next may not."""
+
+    def __init__(self, problem: str, wait_s: float = 0.0) -> None:
+        super().__init__(problem)
+        self.wait_s = wait_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    url: str
+    token: str | None
+    loopback: bool
+
+
+async def fetch_url(
+    url: str,
+    part: Part,
+    report: Report,
+    settings: FetchSettings,
+    *,
+    token: str | None = None,
+    loopback: bool = False,
+) -> None:
+    """Download the rest. `loopback`: the server is on this machine, so redirects may lead to plain http here.
+
+    A server without Range starts over. Raises SourceFailed, WrongContent (the server offers another size or
+    sends more), StoreUnusable.
+    """
+    target = _Target(url, _token_for(url, token), loopback)
+    timeout = httpx.Timeout(settings.stall_timeout_s, connect=settings.connect_timeout_s)
+    # A proxy of the environment has no business between this machine and itself.
+    async with httpx.AsyncClient(timeout=timeout, trust_env=not loopback) as client:
+        failures = 0
+        while True:
+            before = part.offset
+            try:
+                await _download(client, target, part, report, settings)
+            except _Interrupted as error:
+                failures = 1 if part.offset - before >= MIN_GAIN_BYTES else failures + 1
+                if failures >= settings.attempts:
+                    raise SourceFailed(
+                        f"{error} ({failures} attempts)", "Check the network; what came so far is kept."
+                    ) from error
+                report("retrying", part.offset, part.file.size_bytes)
+                await trio.sleep(max(error.wait_s, settings.backoff_s * 2 ** (failures - 1)))
+            else:
+                return
+
+
+async def _download(
+    client: httpx.AsyncClient, target: _Target, part: Part, report: Report, settings: FetchSettings
+) -> None:
+    headers = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT}
+    if part.offset:
+        headers["Range"] = f"bytes={part.offset}-"
+    if target.token is not None:
+        headers["Authorization"] = f"Bearer {target.token}"
+    try:
+        response = await _open(client, client.build_request("GET", target.url, headers=headers), target)
+        try:
+            await _admit(response, part)
+            await _receive(response, part, report, settings)
+        finally:
+            with trio.CancelScope(shield=True):  # closing a socket does not wait for the peer
+                await response.aclose()
+    except httpx.TransportError as error:
+        raise _Interrupted(
+            f"{type(error).__name__}: {excerpt(str(error)) or 'the connection broke'}"
+        ) from error
+    except httpx.InvalidURL as error:
+        raise SourceFailed(f"not a URL: {excerpt(str(error))}") from error
+
+
+async def _open(client: httpx.AsyncClient, request: httpx.Request, target: _Target) -> httpx.Response:
+    """The first response that is no redirect. httpx drops the Authorization header when the host changes."""
+    for _ in range(MAX_REDIRECTS + 1):
+        response = await client.send(request, stream=True)
+        following = response.next_request
+        if following is None:
+            return response
+        await response.aclose()
+        url = following.url
+        # Plain http stays possible only where the user began with it: a server here, an HF_ENDPOINT of his own.
+        if url.scheme != "https" and (url.scheme != "http" or request.url.scheme == "https"):
+            raise SourceFailed(f"redirected to {excerpt(url.scheme)}:", "Name the file's final https address.")
+        if is_loopback_host(url.host) and not target.loopback:
+            raise SourceFailed("redirected to this machine", "Name the file's final address.")
+        request = following
+    raise SourceFailed(f"more than {MAX_REDIRECTS} redirects", "Name the file's final address.")
+
+
+async def _admit(response: httpx.Response, part: Part) -> None:
+    """Check status and headers before any byte counts."""
+    expected = part.file.size_bytes
+    status = response.status_code
+    if status == httpx.codes.PARTIAL_CONTENT:
+        found = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
+        if found is None or int(found[1]) != part.offset:
+            await part.restart()
+            raise _Interrupted("the server sent another range than was asked for")
+        if found[3] != "*" and int(found[3]) != expected:
+            raise WrongContent(part.file.name, f"{expected} bytes", f"{found[3]} bytes on the server")
+    elif status == httpx.codes.OK:
+        if part.offset:
+            await part.restart()  # it does not know Range
+        length = response.headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and int(length[:20]) != expected:
+            raise WrongContent(
+                part.file.name, f"{expected} bytes", f"{excerpt(length[:20])} bytes on the server"
+            )
+    elif status == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and part.offset:
+        await part.restart()
+        raise _Interrupted("the server could not resume")
+    elif status in (408, 425, 429) or status >= 500:
+        raise _Interrupted(f"HTTP {status}", _retry_after_s(response))
+    else:
+        raise SourceFailed(f"HTTP {status} {excerpt(response.reason_phrase)}".rstrip(), _hint(status))
+    if response.headers.get("content-encoding", "identity").lower() != "identity":
+        raise SourceFailed("the server encodes the content although it was asked not to")
+
+
+async def _receive(response: httpx.Response, part: Part, report: Report, settings: FetchSettings) -> None:
+    window_start, window_bytes = trio.current_time(), 0
+    async for chunk in response.aiter_raw():
+        await part.write(chunk)
+        report("downloading", part.offset, part.file.size_bytes)
+        window_bytes += len(chunk)
+        elapsed = trio.current_time() - window_start
+        if elapsed >= settings.rate_window_s:
+            if window_bytes < settings.min_rate_bytes_s * elapsed:
+                raise _Interrupted(f"slower than {settings.min_rate_bytes_s} bytes/s")
+            window_start, window_bytes = trio.current_time(), 0
+    if not part.complete:
+        raise _Interrupted(f"cut off at {part.offset} of {part.file.size_bytes} bytes")
+
+
+def _token_for(url: str, token: str | None) -> str | None:
+    """A token never travels in the clear, except within this machine."""
+    parsed = httpx.URL(url)
+    return token if parsed.scheme == "https" or is_loopback_host(parsed.host) else None
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    value = response.headers.get("retry-after", "")
+    return float(min(int(value[:6]), MAX_RETRY_AFTER_S)) if value.isascii() and value.isdigit() else 0.0
+
+
+def _hint(status: int) -> str:
+    match status:
+        case 401 | 403:
+            return "It needs a login: for hf: set HF_TOKEN and accept the model's terms on its page."
+        case 404 | 410:
+            return "The file is not there (any more): check the manifest, or add another source."
+        case _:
+            return ""

