@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+import msgspec
 import trio
 
 from cargos import cli as cargo_cli
@@ -111,7 +112,8 @@ def _status(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, NodeSettings)
     try:
         if arguments.json:
-            print(json.dumps(trio.run(ask_status, settings.data_path), indent=2))
+            snapshot = trio.run(ask_status, settings.data_path)
+            print(msgspec.json.format(msgspec.json.encode(snapshot)).decode())
         else:
             trio.run(show_status, settings.data_path, arguments.once or not sys.stdout.isatty())
     except NotRunning as error:

@@ -12,10 +12,13 @@ import socket
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import trio
+
+from cargos.runtimes.base import RuntimeLoad
+from node.jobs import JobCounters
 
 if TYPE_CHECKING:
     from node.island import IslandState
@@ -37,6 +40,48 @@ def socket_path(data_dir: Path) -> Path:
         return path
     name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"archipelag-{os.getuid()}" / f"{name}.sock"
+
+
+class CargoSnapshot(msgspec.Struct, frozen=True):
+    name: str
+    version: str
+    digest: str
+    state: str
+    detail: str
+    done_bytes: int
+    total_bytes: int
+    load: RuntimeLoad | None
+
+
+class PeerSnapshot(msgspec.Struct, frozen=True):
+    peer: str
+    name: str
+    roles: tuple[str, ...]
+    address: str
+    state: str
+    rtt_ms: float | None
+
+
+class JobSnapshot(msgspec.Struct, frozen=True):
+    job: str
+    consumer: str
+    state: str
+    tokens: int
+    age_s: float
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """Everything that `archi-node status` shows. Times in seconds, rates in tokens/s."""
+
+    name: str
+    peer: str
+    addresses: tuple[str, ...]
+    uptime_s: float
+    draining: bool
+    cargos: tuple[CargoSnapshot, ...]
+    peers: tuple[PeerSnapshot, ...]
+    jobs: tuple[JobSnapshot, ...]
+    counters: JobCounters
 
 
 async def serve_control(
@@ -66,7 +111,7 @@ async def serve_control(
         path.unlink(missing_ok=True)
 
 
-async def ask_status(data_dir: Path) -> dict[str, Any]:
+async def ask_status(data_dir: Path) -> Snapshot:
     """The snapshot of the Island with this data directory. Raises NotRunning."""
     path = socket_path(data_dir)
     try:
@@ -78,54 +123,53 @@ async def ask_status(data_dir: Path) -> dict[str, Any]:
                     answer += chunk
                     if len(answer) > MAX_ANSWER_BYTES:
                         break
-        return msgspec.json.decode(bytes(answer), type=dict[str, Any])
+        return msgspec.json.decode(bytes(answer), type=Snapshot)
     except (OSError, trio.TooSlowError, msgspec.DecodeError) as error:
         raise NotRunning(f"no Island answers at {data_dir}; start one with: archi-node run") from error
 
 
-def snapshot(state: IslandState) -> dict[str, Any]:
-    """Everything that `archi-node status` shows, as plain values. Times in seconds, rates in tokens/s."""
+def snapshot(state: IslandState) -> Snapshot:
     jobs = state.jobs
     now = trio.current_time()
-    return {
-        "name": state.settings.name,
-        "peer": state.identity.peer,
-        "addresses": list(state.host.addresses),
-        "uptime_s": round(time.monotonic() - state.started, 1),
-        "draining": jobs.draining,
-        "cargos": [
-            {
-                "name": hosted.entry.manifest.name,
-                "version": hosted.entry.manifest.version,
-                "digest": digest,
-                "state": hosted.state,
-                "detail": hosted.detail,
-                "done_bytes": hosted.done_bytes,
-                "total_bytes": hosted.total_bytes,
-                "load": msgspec.to_builtins(hosted.runtime.load()) if hosted.runtime is not None else None,
-            }
+    return Snapshot(
+        name=state.settings.name,
+        peer=state.identity.peer,
+        addresses=state.host.addresses,
+        uptime_s=round(time.monotonic() - state.started, 1),
+        draining=jobs.draining,
+        cargos=tuple(
+            CargoSnapshot(
+                name=hosted.entry.manifest.name,
+                version=hosted.entry.manifest.version,
+                digest=digest,
+                state=hosted.state,
+                detail=hosted.detail,
+                done_bytes=hosted.done_bytes,
+                total_bytes=hosted.total_bytes,
+                load=hosted.runtime.load() if hosted.runtime is not None else None,
+            )
             for digest, hosted in state.cargos.items()
-        ],
-        "peers": [
-            {
-                "peer": view.peer,
-                "name": view.name,
-                "roles": list(view.roles),
-                "address": view.address,
-                "state": view.state,
-                "rtt_ms": None if view.rtt_ns is None else round(view.rtt_ns / 1e6, 3),
-            }
+        ),
+        peers=tuple(
+            PeerSnapshot(
+                peer=view.peer or "",
+                name=view.name,
+                roles=view.roles,
+                address=view.address or "",
+                state=view.state,
+                rtt_ms=None if view.rtt_ns is None else round(view.rtt_ns / 1e6, 3),
+            )
             for view in state.peers.table()
-        ],
-        "jobs": [
-            {
-                "job": job.job,
-                "consumer": job.consumer,
-                "state": job.state,
-                "tokens": job.tokens,
-                "age_s": round(now - job.started, 2),
-            }
+        ),
+        jobs=tuple(
+            JobSnapshot(
+                job=job.job,
+                consumer=job.consumer,
+                state=job.state,
+                tokens=job.tokens,
+                age_s=round(now - job.started, 2),
+            )
             for job in jobs.jobs.values()
-        ],
-        "counters": msgspec.to_builtins(jobs.counters),
-    }
+        ),
+        counters=jobs.counters,
+    )

@@ -107,7 +107,7 @@ def _machine(settings: NodeSettings) -> list[Finding]:
             Finding(
                 "threads",
                 "note",
-                f"engine.threads is {settings.engine.threads}, more than the {cores} cores: much slower, not faster",
+                f"{settings.engine.threads} engine threads on {cores} cores: much slower, not faster",
                 f"--threads {cores}",
             )
         )
@@ -194,7 +194,7 @@ async def _listening(settings: NodeSettings) -> list[Finding]:
     except NotRunning:
         running = None
     if running is not None:
-        return [Finding("island", "ok", f"running: {running['name']}, {len(running['peers'])} peers")]
+        return [Finding("island", "ok", f"running: {running.name}, {len(running.peers)} peers")]
     findings: list[Finding] = []
     for address in settings.network.listen:
         endpoint = _tcp_endpoint(address)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import trio
 from rich.console import Console, Group, RenderableType
@@ -11,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from node.control import ask_status
+from node.control import Snapshot, ask_status
 
 _REFRESH_S = 0.5
 _STATE_STYLE = {"ready": "green", "up": "green", "failed": "red", "down": "red"}
@@ -32,66 +31,70 @@ async def show_status(data_dir: Path, once: bool) -> None:  # noqa: FBT001 - pas
             before = snapshot
 
 
-def render_status(snapshot: dict[str, Any], before: dict[str, Any] | None, elapsed_s: float) -> RenderableType:
+def render_status(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> RenderableType:
     """The snapshot as tables. `before` and `elapsed_s` give the tokens/s in between."""
     head = Text.assemble(
-        (snapshot["name"], "bold"),
-        f"  {snapshot['peer']}  up {snapshot['uptime_s']:.0f} s",
-        ("  shutting down" if snapshot["draining"] else "", "yellow"),
+        (now.name, "bold"),
+        f"  {now.peer}  up {now.uptime_s:.0f} s",
+        ("  shutting down" if now.draining else "", "yellow"),
     )
-    return Group(head, _cargos(snapshot, before, elapsed_s), _peers(snapshot), _jobs(snapshot))
+    return Group(head, _cargos(now, before, elapsed_s), _peers(now), _jobs(now))
 
 
-def _cargos(snapshot: dict[str, Any], before: dict[str, Any] | None, elapsed_s: float) -> Table:
+def _cargos(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> Table:
     table = _table("Cargo", "state", "active", "waiting", "tokens/s now", "alone", "prompt", "restarts")
-    made_before = {
-        cargo["digest"]: (cargo["load"] or {}).get("tokens_total", 0)
-        for cargo in (before or {}).get("cargos", ())
-    }
-    for cargo in snapshot["cargos"]:
-        load = cargo["load"] or {}
-        made = load.get("tokens_total", 0) - made_before.get(cargo["digest"], load.get("tokens_total", 0))
-        state = cargo["state"]
-        if state == "fetching" and cargo["total_bytes"]:
-            state = f"fetching {100 * cargo['done_bytes'] // cargo['total_bytes']} %"
-        table.add_row(
-            f"{cargo['name']}@{cargo['version']}",
-            Text(state, style=_STATE_STYLE.get(cargo["state"], "yellow")),
-            f"{load.get('active', 0)}/{load.get('slots', 0)}",
-            str(load.get("queued", 0)),
-            f"{made / elapsed_s:.0f}" if elapsed_s else "-",
-            f"{load.get('decode_tps', 0):.0f}",
-            f"{load.get('prefill_tps', 0):.0f}",
-            str(load.get("restarts", 0)),
+    made_before = (
+        {cargo.digest: cargo.load.tokens_total for cargo in before.cargos if cargo.load} if before else {}
+    )
+    for cargo in now.cargos:
+        name, state = (
+            f"{cargo.name}@{cargo.version}",
+            Text(cargo.state, _STATE_STYLE.get(cargo.state, "yellow")),
         )
-        if cargo["detail"]:
-            table.add_row(Text(str(cargo["detail"]), style="red"))
+        load = cargo.load
+        if load is None:
+            if cargo.total_bytes:
+                state.append(f" {100 * cargo.done_bytes // cargo.total_bytes} %")
+            table.add_row(name, state)
+        else:
+            made = load.tokens_total - made_before.get(cargo.digest, load.tokens_total)
+            table.add_row(
+                name,
+                state,
+                f"{load.active}/{load.slots}",
+                str(load.queued),
+                f"{made / elapsed_s:.0f}" if elapsed_s else "-",
+                f"{load.decode_tps:.0f}",
+                f"{load.prefill_tps:.0f}",
+                str(load.restarts),
+            )
+        if cargo.detail:
+            table.add_row(Text(cargo.detail, style="red"))
     return table
 
 
-def _peers(snapshot: dict[str, Any]) -> Table:
+def _peers(now: Snapshot) -> Table:
     table = _table("Peer", "roles", "state", "RTT ms", "address")
-    for peer in snapshot["peers"]:
-        rtt = peer["rtt_ms"]
-        state = str(peer["state"])
+    for peer in now.peers:
         table.add_row(
-            peer["name"] or str(peer["peer"] or "?")[-12:],
-            ", ".join(peer["roles"]),
-            Text(state, style=_STATE_STYLE.get(state, "yellow")),
-            "-" if rtt is None else f"{rtt:.2f}",
-            peer["address"] or "inbound",
+            peer.name or peer.peer[-12:] or "?",
+            ", ".join(peer.roles),
+            Text(peer.state, style=_STATE_STYLE.get(peer.state, "yellow")),
+            "-" if peer.rtt_ms is None else f"{peer.rtt_ms:.2f}",
+            peer.address or "inbound",
         )
     return table
 
 
-def _jobs(snapshot: dict[str, Any]) -> Table:
-    counters = snapshot["counters"]
-    summary = ", ".join(f"{value} {name}" for name, value in counters.items() if value)
-    table = _table("Job", "consumer", "state", "tokens", "age s", title=summary or "no jobs yet")
-    for job in snapshot["jobs"]:
-        table.add_row(
-            job["job"][:8], job["consumer"][-12:], job["state"], str(job["tokens"]), f"{job['age_s']:.1f}"
-        )
+def _jobs(now: Snapshot) -> Table:
+    counts = now.counters
+    title = (
+        f"{counts.accepted} jobs accepted, {counts.done} done, {counts.cancelled} cancelled, "
+        f"{counts.failed} failed, {counts.rejected} rejected, {counts.tokens} tokens"
+    )
+    table = _table("Job", "consumer", "state", "tokens", "age s", title=title)
+    for job in now.jobs:
+        table.add_row(job.job[:8], job.consumer[-12:], job.state, str(job.tokens), f"{job.age_s:.1f}")
     return table
 
 
