@@ -62,6 +62,7 @@ def main() -> int:
     pip("install", "--no-deps", str(wheel))
     pip("install", "--require-hashes", "--no-build-isolation", "-r", str(without_native(lock)))
     pip("install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    remove_obsolete_stubs()
     STAMP.write_text(stamp)
     say(f"ready after {time.monotonic() - started:.0f} s")
     return 0
@@ -157,6 +158,12 @@ def without_native(lock: Path) -> Path:
     target = VENV / f"{lock.stem}-without-native.txt"
     target.write_text("\n".join(kept) + "\n")
     return target
+
+
+def remove_obsolete_stubs() -> None:
+    """py-libp2p depends on trio-typing, whose stubs of 2023 hide trio's own, complete annotations."""
+    for stubs in VENV.glob("lib/python*/site-packages/trio-stubs"):
+        shutil.rmtree(stubs)
 
 
 def pip(*arguments: str) -> None:
