@@ -17,6 +17,8 @@ test: setup  ## all tests, with the real model
 check: setup  ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@# libp2p depends on trio_typing, whose old trio-stubs would hide trio's own types from pyright.
+	@mkdir -p typings && ln -sfn "$$($(BIN)/python -c 'import os, trio; print(os.path.dirname(trio.__file__))')" typings/trio
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 

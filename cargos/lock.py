@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -22,7 +22,7 @@ POLL_S: Final = 0.2
 
 
 @asynccontextmanager
-async def file_lock(path: Path, waiting: Callable[[], None] | None = None) -> AsyncIterator[None]:
+async def file_lock(path: Path, waiting: Callable[[], None] | None = None) -> AsyncGenerator[None]:
     """Hold the exclusive lock of this path. `waiting` is called before each further look while another
     process (or task) holds it. Raises StoreUnusable.
     """

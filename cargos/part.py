@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -24,7 +24,7 @@ READ_BYTES: Final = 32 * MIB
 
 
 @contextmanager
-def store_errors(path: Path) -> Iterator[None]:
+def store_errors(path: Path) -> Generator[None]:
     """Turn what the operating system says of the store's own disk into StoreUnusable."""
     try:
         yield

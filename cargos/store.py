@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final
+from typing import IO, Final
 
 import msgspec
 import trio
@@ -32,9 +32,6 @@ from cargos.progress import FetchProgress, FetchState, ProgressCallback
 from cargos.sources import FetchSettings, fetch
 from protocol.ids import CargoDigest
 from protocol.limits import MIB
-
-if TYPE_CHECKING:
-    from hashlib import _Hash as HASH
 
 #: Left free on the disk when a fetch starts, for everybody else's sake.
 SPACE_MARGIN_BYTES: Final = 64 * MIB
@@ -178,7 +175,7 @@ class CargoStore:
             handle = blob.open("rb")
         with handle:
             done = 0
-            while read := await trio.to_thread.run_sync(_hash_some, handle, digest, blob):
+            while read := await trio.to_thread.run_sync(_hash_some, handle, digest.update, blob):
                 done += read
                 tell(FetchProgress(file.name, "", done, file.size_bytes, "checking"))
         return digest.hexdigest()
@@ -219,9 +216,7 @@ class CargoStore:
                         with store_errors(scratch):
                             scratch.mkdir()
                         await fetch(locator, part, report, self._settings, base=base, scratch=scratch)
-                    got = await part.sha256()
-                    if got != file.sha256:
-                        raise WrongContent(file.name, f"sha256 {file.sha256}", f"sha256 {got}")
+                    _compare(file, await part.sha256())
                     break
                 except WrongContent:
                     # What an earlier attempt left may itself be the fault: begin once more without it.
@@ -332,15 +327,20 @@ class CargoStore:
             shutil.rmtree(folder)
 
 
-def _hash_some(handle: IO[bytes], digest: HASH, blob: Path) -> int:
+def _hash_some(handle: IO[bytes], update: Callable[[bytes], None], blob: Path) -> int:
     with store_errors(blob):
         data = handle.read(READ_BYTES)
-    digest.update(data)
+    update(data)
     return len(data)
 
 
 def _ignore(_: FetchProgress) -> None:
     pass
+
+
+def _compare(file: CargoFile, got: str) -> None:
+    if got != file.sha256:
+        raise WrongContent(file.name, f"sha256 {file.sha256}", f"sha256 {got}")
 
 
 def _folder(digest: CargoDigest) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Final
 
 import httpx
@@ -124,14 +125,14 @@ async def _admit(response: httpx.Response, part: Part) -> None:
     """Check status and headers before any byte counts."""
     expected = part.file.size_bytes
     status = response.status_code
-    if status == httpx.codes.PARTIAL_CONTENT:
+    if status == HTTPStatus.PARTIAL_CONTENT:
         found = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
         if found is None or int(found[1]) != part.offset:
             await part.restart()
             raise _Interrupted("the server sent another range than was asked for")
         if found[3] != "*" and int(found[3]) != expected:
             raise WrongContent(part.file.name, f"{expected} bytes", f"{found[3]} bytes on the server")
-    elif status == httpx.codes.OK:
+    elif status == HTTPStatus.OK:
         if part.offset:
             await part.restart()  # it does not know Range
         length = response.headers.get("content-length", "")
@@ -139,7 +140,7 @@ async def _admit(response: httpx.Response, part: Part) -> None:
             raise WrongContent(
                 part.file.name, f"{expected} bytes", f"{excerpt(length[:20])} bytes on the server"
             )
-    elif status == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and part.offset:
+    elif status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and part.offset:
         await part.restart()
         raise _Interrupted("the server could not resume")
     elif status in (408, 425, 429) or status >= 500:

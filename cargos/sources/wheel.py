@@ -1,4 +1,4 @@
-"""`pypi:`: a file inside a pinned wheel, fetched by pip so that the user's mirrors, proxies and certificates hold.
+"""`pypi:`: a file inside a pinned wheel. pip fetches it: the user's mirrors, proxies and certificates hold.
 
 Nothing of the package runs: wheels only, no dependencies, no installation.
 """
