@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Final
 
 import msgspec
@@ -76,7 +76,7 @@ class CargoStore:
         self,
         manifest: Manifest,
         *,
-        base: Path | None = None,
+        base: PurePath | None = None,
         progress: ProgressCallback | None = None,
         verify: bool = False,
     ) -> dict[str, Path]:
@@ -94,7 +94,7 @@ class CargoStore:
                     tell(FetchProgress(file.name, "", file.size_bytes, file.size_bytes, "done"))
             await trio.to_thread.run_sync(self._check_space, missing)
             for file in missing:
-                await self._obtain(file, base, tell, verify=verify)
+                await self._obtain(file, None if base is None else Path(base), tell, verify=verify)
             async with file_lock(self.root / "locks" / "cargos.lock"):
                 paths = await trio.to_thread.run_sync(self._link, manifest)
             if paths is not None:
