@@ -24,7 +24,7 @@ class JobRefused(Exception):
 
     def __init__(self, code: Literal["too-long", "invalid"], detail: str) -> None:
         super().__init__(f"{code}: {detail}")
-        self.code = code
+        self.code: Literal["too-long", "invalid"] = code
         self.detail = detail
 
 
