@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API in terms of `gateway.service`: requests to `Work`, events to chunks."""
