@@ -18,9 +18,13 @@ _Millis = Annotated[int, Meta(ge=0, le=86_400_000)]
 
 
 class HttpBindSettings(Settings, frozen=True):
-    """`port` 0: any free one, printed at start."""
+    """`port` 0: any free one, printed at start. `requests_per_minute`: of keys without their own figure;
+    0 switches it off. `cors_origins`: web pages that may call from a browser.
+    """
 
     host: str = "127.0.0.1"
+    cors_origins: tuple[str, ...] = ()
+    requests_per_minute: Annotated[int, Meta(ge=0, le=1_000_000)] = 100
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
 
 
@@ -66,17 +70,22 @@ class KeySettings(Settings, frozen=True):
     """An API key: `key` in clear, or `sha256` of it in hex. `requests_per_minute` 0: no limit."""
 
     name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
-    key: str = ""
-    sha256: str = ""
-    requests_per_minute: Annotated[int, Meta(ge=0, le=1_000_000)] = 100
+    key: str | None = None
+    sha256: str | None = None
+    requests_per_minute: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
 
 
 class GatewaySettings(Settings, frozen=True):
-    """`open`: answer without a key. Without it and without keys the gateway refuses to start."""
+    """`open`: answer without a key; without it and without keys the gateway refuses to start. `api_key`: one
+    key without a limit, for a gateway of one's own (best given as ARCHI_API_KEY). `public_metrics`:
+    /metrics needs no key.
+    """
 
     name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)] = platform.node() or "gateway"
     data_dir: str = ""
     open: bool = False
+    api_key: str = ""
+    public_metrics: bool = True
     keys: tuple[KeySettings, ...] = ()
     http: HttpBindSettings = HttpBindSettings()
     mesh: MeshSettings = MeshSettings()

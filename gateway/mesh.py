@@ -25,7 +25,7 @@ from protocol.codec import Codec
 from protocol.envelope import Envelope, open_untrusted
 from protocol.errors import Fault, ProtocolError
 from protocol.ids import CargoDigest, JobId, PeerId
-from protocol.instants import SECOND_NS, Instant, UnixNs
+from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant, UnixNs
 from protocol.jobs import FROM_ISLAND, JOB_PROTOCOL, TO_ISLAND, FromIsland, JobOffer, ToIsland
 from protocol.machine import Disconnect, Emit, Input, Ordered, PeerLost, Received, Send, Woken
 from protocol.work import Work
@@ -225,8 +225,9 @@ class Mesh:
                 self._drop(peer, "adverts stopped")
 
     def _drop(self, peer: PeerId, reason: str) -> None:
+        name = self.name_of(peer)
         if self.book.lost(peer):
-            _log.info("island lost", peer=peer, reason=reason)
+            _log.info("island lost", name=name, peer=peer, reason=reason)
         for stream in self._ready.pop(peer, ()):
             stream.reset()
 
@@ -281,6 +282,7 @@ class MeshJob:
         self._events: deque[JobEvent] = deque()
         self._arrived = trio.Event()
         self._over = False
+        self._tokens = 0
         self._attempt: _Attempt | None = None
         self._placed: JobPlaced[PeerId] | None = None
         self._began = mesh.now()
@@ -407,6 +409,7 @@ class MeshJob:
         match event:
             case TokensReleased(first, tokens):
                 self._show_placed()
+                self._tokens = first + len(tokens)
                 self._put(Released(first, tokens))
             case JobPlaced():
                 self._placed = cast("JobPlaced[PeerId]", event)
@@ -424,15 +427,24 @@ class MeshJob:
                 self._show_placed()
                 self._complete(cast("JobCompleted[PeerId]", event))
             case JobFailed(code, detail, retry_after_ms):
+                _log.info("job failed", job=self.id[:8], code=code, detail=detail)
                 self._put(Failed(cast("FailureCode", code), detail, retry_after_ms))
             case _:
                 pass
 
     def _complete(self, event: JobCompleted[PeerId]) -> None:
         usage = event.usage
-        if usage.decode_ns > 0 and usage.generated_tokens > 1:
-            tps = usage.generated_tokens * SECOND_NS / usage.decode_ns
+        tps = usage.generated_tokens * SECOND_NS / usage.decode_ns if usage.decode_ns > 0 else 0.0
+        if usage.generated_tokens > 1:
             self._mesh.book.measured(event.peer, self._cargo, tps)
+        _log.info(
+            "job completed",
+            job=self.id[:8],
+            tokens=usage.completion_tokens,
+            tps=round(tps),
+            hand_overs=event.hand_overs,
+            receipt="valid" if event.receipt is not None else "invalid",
+        )
         finish = cast("Literal['stop', 'length']", event.finish)  # the supervisor admits no other
         self._put(Completed(finish, event.tail, usage, event.hand_overs, self._mesh.name_of(event.peer)))
 
@@ -444,6 +456,15 @@ class MeshJob:
             queue_ns = self._mesh.now() - self._began
             name, rtt_ns = self._mesh.name_of(peer), self._mesh.rtt_ns(peer)
             self._put(Placed(name, peer, rtt_ns, queue_ns, placed.hand_over))
+            _log.info(
+                "job placed",
+                job=self.id[:8],
+                island=name,
+                hand_over=placed.hand_over,
+                tokens=self._tokens,
+                rtt_ms=round(rtt_ns / MILLISECOND_NS, 2),
+                queue_ms=queue_ns // MILLISECOND_NS,
+            )
 
     def _notice(self, event: Preparing) -> None:
         if len(self._events) < MAX_WAITING_NOTICES:

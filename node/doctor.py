@@ -111,7 +111,7 @@ def _machine(settings: NodeSettings) -> list[Finding]:
                 f"--threads {cores}",
             )
         )
-    root = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_root()
+    root = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_root(os.environ)
     folder = root
     while not folder.exists():
         folder = folder.parent

@@ -21,10 +21,11 @@ import trio
 from cargos.catalogue import CargoEntry
 from cargos.errors import CargoError
 from cargos.manifest import RuntimeType
+from cargos.progress import FetchProgress
 from cargos.resolve import resolve_cargo
 from cargos.runtimes.base import Runtime, RuntimeSpec
 from cargos.runtimes.llama import open_llama
-from cargos.store import CargoStore, FetchProgress, default_root
+from cargos.store import CargoStore
 from node.config import NodeSettings
 from node.control import serve_control
 from node.identity import Identity, load_or_create_identity
@@ -101,7 +102,7 @@ class Island:
     def __init__(self, settings: NodeSettings) -> None:
         self.settings = settings
         self.identity = load_or_create_identity(settings.data_path / "identity.key")
-        self.store = CargoStore(Path(settings.cache_dir).expanduser() if settings.cache_dir else default_root())
+        self.store = CargoStore(Path(settings.cache_dir).expanduser() if settings.cache_dir else None)
         self._runtimes: dict[str, Runtime] = {}
         self._changed = trio.Event()
         # Later than any number of an earlier run, whatever happened to our disk.
@@ -154,7 +155,7 @@ class Island:
         log = _log.bind(cargo=f"{manifest.name}@{manifest.version}")
 
         def note(progress: FetchProgress) -> None:
-            hosted.done_bytes, hosted.total_bytes = progress.done_bytes, progress.total_bytes
+            hosted.done_bytes, hosted.total_bytes = progress.done_bytes, progress.total_bytes or 0
 
         try:
             files = await self.store.ensure(manifest, base=hosted.entry.base, progress=note)

@@ -290,6 +290,8 @@ class JobSupervisor(Generic[P]):
             case JobAccept(ahead=ahead), _State.OFFERED:
                 self._state = _State.RUNNING
                 self._gap_ns = 0.0
+                self._without_island_since = None
+                self._busy = frozenset()
                 yield Emit(JobPlaced(peer, ahead, self._placed))
                 self._placed += 1
                 yield from self._grant(now)
@@ -360,7 +362,6 @@ class JobSupervisor(Generic[P]):
         if peer is None:
             yield from self._wait(now)
             return
-        self._without_island_since = None
         self._peer = peer
         self._state = _State.OFFERED
         self._resumed_at = len(self._ids)
@@ -457,6 +458,8 @@ class JobSupervisor(Generic[P]):
             return None  # paused by the consumer, not stalled
         if len(self._ids) == self._resumed_at:
             return after(self._alive_at, policy.first_token_ns)
+        if self._gap_ns == 0:
+            return after(self._alive_at, policy.stall_ns)
         adaptive = max(policy.stall_floor_ns, round(STALL_FACTOR * self._gap_ns))
         return after(self._alive_at, min(policy.stall_ns, adaptive))
 
