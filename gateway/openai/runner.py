@@ -11,9 +11,10 @@ waits for the consumer; what is not taken pauses the Island. Nothing in between 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import trio
 from starlette.types import Receive
@@ -21,7 +22,7 @@ from starlette.types import Receive
 from gateway.http import header_safe
 from gateway.metrics import GatewayMetrics
 from gateway.openai.plan import Plan
-from gateway.service import Completed, Failed, InferenceService, Job, Placed, Preparing, Released
+from gateway.service import Completed, Failed, InferenceService, JobEvent, Placed, Preparing, Released
 
 
 @dataclass(slots=True)
@@ -101,14 +102,15 @@ class Runner:
         work = self._plan.works[run.index]
         with self._metrics.jobs_in_flight.track_inprogress():
             async with self._service.run(self._plan.model, work, deadline_ns=self._plan.deadline_ns) as job:
-                failed = await self._events(run, job, sink)
+                async with _closed_in_the_end(aiter(job)) as events:
+                    failed = await self._events(run, events, sink)
         self._running -= 1
         if failed or self._running == 0:
             scope.cancel()
 
-    async def _events(self, run: ChoiceRun, job: Job, sink: Sink) -> bool:
+    async def _events(self, run: ChoiceRun, events: AsyncIterator[JobEvent], sink: Sink) -> bool:
         """Takes them all. Returns whether this choice's failure is the request's, and has been told."""
-        async for event in job:
+        async for event in events:
             match event:
                 case Released():
                     self._count(run, event)
@@ -134,7 +136,7 @@ class Runner:
                     self._outcome = event
                     await sink.failed(event)
                     return True
-        raise RuntimeError(f"job {job.id} ended without Completed or Failed")
+        raise RuntimeError("a job ended without Completed or Failed")
 
     def _count(self, run: ChoiceRun, event: Released) -> None:
         now_ns = time.monotonic_ns()
@@ -154,6 +156,16 @@ class Runner:
         run.hand_overs = max(run.hand_overs, event.hand_overs)
         self._metrics.prompt_tokens.inc(event.usage.prompt_tokens)
         self._metrics.completion_tokens.inc(event.usage.completion_tokens)
+
+
+@asynccontextmanager
+async def _closed_in_the_end(events: AsyncIterator[JobEvent]) -> AsyncGenerator[AsyncIterator[JobEvent]]:
+    """Closes them if they come from a generator: one that is left in the middle must not wait for the collector."""
+    try:
+        yield events
+    finally:
+        if isinstance(events, AsyncGenerator):
+            await cast("AsyncGenerator[JobEvent]", events).aclose()
 
 
 def placement_headers(runs: Sequence[ChoiceRun]) -> list[tuple[str, str]]:
