@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final, Literal, TypeVarTuple, Unpack, cast
 
 import structlog
@@ -55,6 +55,12 @@ READY_STREAMS: Final = 2
 #: Preparation notices that may wait for a consumer who does not read; more are dropped, they are not data.
 MAX_WAITING_NOTICES: Final = 32
 
+#: Cargos whose first appearance is remembered (the models list shows it); the oldest is forgotten first.
+MAX_CARGOS_SEEN: Final = 4096
+
+#: An orderly close of a job stream may take this long before it is cut.
+CLOSE_S: Final = 1.0
+
 #: How often Islands whose adverts stopped are looked for.
 EXPIRY_CHECK_S: Final = 1.0
 
@@ -65,13 +71,6 @@ ENVELOPE: Final[Codec[Envelope]] = Codec(Envelope)
 Ts = TypeVarTuple("Ts")
 
 _log = structlog.get_logger("mesh")
-
-
-@dataclass(slots=True)
-class _Seen:
-    """When a Cargo was first offered, for the models list."""
-
-    unix_s: int
 
 
 class Mesh:
@@ -93,7 +92,7 @@ class Mesh:
         self._unix_now = unix_now
         self.unix_offset_ns: Final = unix_now() - now()
         self.book: IslandBook[PeerId] = IslandBook()
-        self._first_seen: dict[CargoDigest, _Seen] = {}
+        self._first_seen: dict[CargoDigest, int] = {}
         self._ready: dict[PeerId, deque[Stream]] = {}
         self._jobs: dict[JobId, MeshJob] = {}
         self._nursery: trio.Nursery
@@ -131,7 +130,7 @@ class Mesh:
     @asynccontextmanager
     async def run(
         self, model: ModelInfo, work: Work, *, deadline_ns: int | None = None
-    ) -> AsyncIterator[MeshJob]:
+    ) -> AsyncGenerator[MeshJob]:
         """Run a job; leaving the context cancels what is still going on."""
         policy = self._policy
         if deadline_ns is not None:
@@ -180,8 +179,9 @@ class Mesh:
         known = self.book.get(peer) is not None
         if self.book.admit(self.now(), peer, opened.body, opened.sequence):
             for offered in opened.body.cargos:
-                unix_s = self._unix_now() // SECOND_NS
-                self._first_seen.setdefault(CargoDigest(offered.digest), _Seen(unix_s))
+                self._first_seen.setdefault(CargoDigest(offered.digest), self._unix_now() // SECOND_NS)
+                if len(self._first_seen) > MAX_CARGOS_SEEN:
+                    del self._first_seen[next(iter(self._first_seen))]
             if not known:
                 _log.info("island", name=opened.body.name, peer=peer, cargos=len(opened.body.cargos))
                 self._want_stream(peer)
@@ -245,18 +245,22 @@ class Mesh:
             islands=len(offers),
             ready=len(ready),
             decode_tps=max(offered.decode_tps for offered in offers),
-            first_seen_unix_s=self._first_seen[digest].unix_s if digest in self._first_seen else 0,
+            first_seen_unix_s=self._first_seen.get(digest, 0),
         )
 
 
-@dataclass(slots=True)
 class _Attempt:
     """One stream to one Island."""
 
-    peer: PeerId
-    outbox: trio.MemorySendChannel[ToIsland]
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    orderly: bool = False
+    def __init__(self, peer: PeerId, offer: JobOffer) -> None:
+        self.peer: Final = peer
+        self.offer: Final = offer
+        self.scope: Final = trio.CancelScope()
+        self.stream: Stream | None = None
+        self.offered = False
+        self.orderly = False
+        # Grants and a cancel that came before the offer was out: the supervisor makes few of them.
+        self.waiting: list[ToIsland] = []
 
 
 class MeshJob:
@@ -328,8 +332,7 @@ class MeshJob:
                 case Send(peer, JobOffer() as offer):
                     self._open_attempt(peer, offer)
                 case Send(peer, message):
-                    if self._attempt is not None and self._attempt.peer == peer:
-                        self._attempt.outbox.send_nowait(message)
+                    self._send(peer, message)
                 case Disconnect(peer, reason):
                     self._close_attempt(peer, orderly=reason in {"done", "rejected"})
                 case Emit(event):
@@ -364,12 +367,21 @@ class MeshJob:
             self._feed(Woken())
 
     def _open_attempt(self, peer: PeerId, offer: JobOffer) -> None:
-        # Grants are at most a few per window, then one cancel: the supervisor bounds what waits here.
-        outbox, messages = trio.open_memory_channel[ToIsland](1024)
-        outbox.send_nowait(offer)
-        attempt = self._attempt = _Attempt(peer, outbox)
+        attempt = self._attempt = _Attempt(peer, offer)
         self._mesh.book.reserve(peer)
-        self._nursery.start_soon(self._guard, self._run_attempt, attempt, messages)
+        self._nursery.start_soon(self._guard, self._run_attempt, attempt)
+
+    def _send(self, peer: PeerId, message: ToIsland) -> None:
+        attempt = self._attempt
+        if attempt is None or attempt.peer != peer:
+            return
+        if attempt.stream is None or not attempt.offered:
+            attempt.waiting.append(message)
+            return
+        with suppress(StreamBroken):  # the attempt's reader finds out too, and tells the supervisor
+            if not attempt.stream.send_nowait(message):
+                # Grants only ever grow, so one that overtakes another does no harm.
+                self._nursery.start_soon(self._guard, _send_later, attempt.stream, message)
 
     def _close_attempt(self, peer: PeerId, *, orderly: bool) -> None:
         attempt = self._attempt
@@ -378,30 +390,33 @@ class MeshJob:
             attempt.orderly = orderly
             attempt.scope.cancel()
 
-    async def _run_attempt(self, attempt: _Attempt, messages: trio.MemoryReceiveChannel[ToIsland]) -> None:
+    async def _run_attempt(self, attempt: _Attempt) -> None:
         peer = attempt.peer
-        stream: Stream | None = None
         try:
             with attempt.scope:
-                stream = await self._mesh.job_stream(peer)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_send_all, stream, messages)
-                    while (message := await stream.receive()) is not None:
-                        self._feed(Received(peer, message))
-                    nursery.cancel_scope.cancel()
-        except* (StreamBroken, Unreachable, ProtocolError) as group:
-            _log.info("attempt broken", job=self.id[:8], peer=peer[-8:], reason=str(group.exceptions[0]))
+                stream = attempt.stream = await self._mesh.job_stream(peer)
+                await stream.send(attempt.offer)
+                attempt.offered = True
+                for message in attempt.waiting:
+                    await stream.send(message)
+                while (answer := await stream.receive()) is not None:
+                    self._feed(Received(peer, answer))
+        except (StreamBroken, Unreachable, ProtocolError) as error:
+            _log.info("attempt broken", job=self.id[:8], peer=peer[-8:], reason=str(error))
         finally:
             self._mesh.book.release(peer)
-            if stream is not None:
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-                    if attempt.orderly:
-                        await stream.aclose()
-                    else:
-                        stream.reset()
+            if attempt.stream is not None:
+                await self._end_stream(attempt.stream, orderly=attempt.orderly)
         if self._attempt is attempt:
             self._attempt = None
             self._feed(PeerLost(peer))
+
+    async def _end_stream(self, stream: Stream, *, orderly: bool) -> None:
+        if orderly:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S), suppress(StreamBroken):
+                await stream.aclose()
+        else:
+            stream.reset()
 
     # --- the supervisor's events to the HTTP side ----------------------------------------------------
 
@@ -475,6 +490,6 @@ class MeshJob:
         self._arrived.set()
 
 
-async def _send_all(stream: Stream, messages: trio.MemoryReceiveChannel[ToIsland]) -> None:
-    async for message in messages:
+async def _send_later(stream: Stream, message: ToIsland) -> None:
+    with suppress(StreamBroken):
         await stream.send(message)
