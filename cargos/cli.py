@@ -106,9 +106,8 @@ def show_cargo(arguments: argparse.Namespace) -> int:
         ):
             out.print(f"  {label:<13}{value}")
         for file in manifest.files:
-            out.print(
-                f"  file         {file.name} ({file.role}, {file.size_bytes} bytes)\n{'':15}sha256 {file.sha256}"
-            )
+            out.print(f"  file         {file.name} ({file.role}, {file.size_bytes} bytes)")
+            out.print(f"{'':15}sha256 {file.sha256}")
             for source in file.sources:
                 out.print(f"{'':15}from {source}")
         return 0

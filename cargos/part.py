@@ -49,7 +49,10 @@ class Part:
     def __init__(self, path: Path, file: CargoFile, handle: FileIO) -> None:
         self.path: Final = path
         self.file: Final = file
+        #: Whether some of it is from before this was opened.
         self.resumed = False
+        #: Whether anything changed since.
+        self.touched = False
         self._handle = handle
         self._hash = hashlib.sha256()
         self._offset = 0
@@ -63,9 +66,11 @@ class Part:
             size = await trio.to_thread.run_sync(lambda: os.fstat(part._handle.fileno()).st_size)
             if size > file.size_bytes:
                 await part.restart()
-            while part._offset < min(size, file.size_bytes):
+                size = 0
+            while part._offset < size:
                 await trio.to_thread.run_sync(part._read_back)
             part.resumed = part._offset > 0
+            part.touched = False
         except BaseException:
             part._handle.close()
             raise
@@ -84,6 +89,7 @@ class Part:
         """Append. Raises WrongContent if the file would exceed its size, StoreUnusable."""
         if self.offset + len(data) > self.file.size_bytes:
             raise WrongContent(self.file.name, f"{self.file.size_bytes} bytes", "more")
+        self.touched = True
         self._buffer += data
         if len(self._buffer) >= FLUSH_BYTES:
             await trio.to_thread.run_sync(self._flush)
@@ -135,6 +141,7 @@ class Part:
         self._offset = 0
         self._hash = hashlib.sha256()
         self.resumed = False
+        self.touched = True
 
     def _sync(self) -> None:
         self._flush()

@@ -65,6 +65,10 @@ class _Seen(msgspec.Struct, frozen=True):
     inode: int
 
 
+class _Busy(CargoError):
+    """Another process holds the file's lock."""
+
+
 class CargoStore:
     """Files of Cargos below `root` (default: `default_root` of the environment). Cheap to make."""
 
@@ -132,8 +136,20 @@ class CargoStore:
             kept = {file.sha256 for cargo in self.list() for file in cargo.manifest.files}
             for file in stored.manifest.files:
                 if file.sha256 not in kept:
-                    freed += await trio.to_thread.run_sync(self._drop_blob, file)
+                    freed += await self._drop_unless_busy(file)
         return freed
+
+    async def _drop_unless_busy(self, file: CargoFile) -> int:
+        """Remove a blob; one that is being fetched or checked is wanted, and stays."""
+
+        def busy() -> None:
+            raise _Busy(f"{file.name} is in use")
+
+        try:
+            async with file_lock(self.root / "locks" / f"{file.sha256}.lock", busy):
+                return await trio.to_thread.run_sync(self._drop_blob, file)
+        except _Busy:
+            return 0
 
     # --- one file ---------------------------------------------------------------------------------
 
@@ -209,7 +225,6 @@ class CargoStore:
         part = await Part.open(self._part(file), file)
         try:
             while True:
-                resumed = part.resumed
                 try:
                     if not part.complete:
                         await trio.to_thread.run_sync(_remove_tree, scratch)
@@ -219,15 +234,18 @@ class CargoStore:
                     _compare(file, await part.sha256())
                     break
                 except WrongContent:
-                    # What an earlier attempt left may itself be the fault: begin once more without it.
-                    if not (resumed and part.resumed):
-                        await part.discard()
+                    if not (part.resumed and (part.touched or part.complete)):
+                        # Either it was all from this source, or the source was refused before it sent anything,
+                        # and then what another one sent stays.
+                        if part.touched:
+                            await part.discard()
                         raise
+                    # What an earlier attempt left may itself be the fault: begin once more without it.
                     await part.restart()
             await part.aclose()
             await trio.to_thread.run_sync(self._accept, file)
         finally:
-            await part.aclose()
+            await (part.aclose() if part.offset else part.discard())
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_remove_tree, scratch)
 

@@ -10,7 +10,7 @@ from typing import Final
 import httpx
 import trio
 
-from cargos.errors import SourceFailed, WrongContent
+from cargos.errors import CargoError, SourceFailed, WrongContent
 from cargos.locator import is_loopback_host
 from cargos.part import Part
 from cargos.progress import Report
@@ -133,13 +133,13 @@ async def _admit(response: httpx.Response, part: Part) -> None:
         if found[3] != "*" and int(found[3]) != expected:
             raise WrongContent(part.file.name, f"{expected} bytes", f"{found[3]} bytes on the server")
     elif status == HTTPStatus.OK:
-        if part.offset:
-            await part.restart()  # it does not know Range
         length = response.headers.get("content-length", "")
         if length.isascii() and length.isdigit() and int(length[:20]) != expected:
             raise WrongContent(
                 part.file.name, f"{expected} bytes", f"{excerpt(length[:20])} bytes on the server"
             )
+        if part.offset:
+            await part.restart()  # it does not know Range
     elif status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and part.offset:
         await part.restart()
         raise _Interrupted("the server could not resume")
@@ -152,18 +152,44 @@ async def _admit(response: httpx.Response, part: Part) -> None:
 
 
 async def _receive(response: httpx.Response, part: Part, report: Report, settings: FetchSettings) -> None:
-    window_start, window_bytes = trio.current_time(), 0
-    async for chunk in response.aiter_raw():
-        await part.write(chunk)
-        report("downloading", part.offset, part.file.size_bytes)
-        window_bytes += len(chunk)
-        elapsed = trio.current_time() - window_start
-        if elapsed >= settings.rate_window_s:
-            if window_bytes < settings.min_rate_bytes_s * elapsed:
-                raise _Interrupted(f"slower than {settings.min_rate_bytes_s} bytes/s")
-            window_start, window_bytes = trio.current_time(), 0
+    """Take the body. To stop early, the read itself is cancelled: httpx chains four async generators, and
+    leaving the loop would abandon the inner ones to the garbage collector.
+    """
+    speed = _Speedometer(settings)
+    failure: Exception | None = None
+    with trio.CancelScope() as reading:
+        async for chunk in response.aiter_raw():
+            if failure is not None:
+                continue  # what was already received; the next read ends it
+            try:
+                await part.write(chunk)
+                report("downloading", part.offset, part.file.size_bytes)
+                speed.count(len(chunk))
+            except (CargoError, _Interrupted) as error:
+                failure = error
+                reading.cancel()
+    if failure is not None:
+        raise failure
     if not part.complete:
         raise _Interrupted(f"cut off at {part.offset} of {part.file.size_bytes} bytes")
+
+
+class _Speedometer:
+    """Notices a connection that lives but leads nowhere."""
+
+    def __init__(self, settings: FetchSettings) -> None:
+        self._settings = settings
+        self._start = trio.current_time()
+        self._bytes = 0
+
+    def count(self, size: int) -> None:
+        self._bytes += size
+        elapsed = trio.current_time() - self._start
+        if elapsed < self._settings.rate_window_s:
+            return
+        if self._bytes < self._settings.min_rate_bytes_s * elapsed:
+            raise _Interrupted(f"slower than {self._settings.min_rate_bytes_s} bytes/s")
+        self._start, self._bytes = trio.current_time(), 0
 
 
 def _token_for(url: str, token: str | None) -> str | None:
