@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import Final, TypeAlias
 
 import psutil
 import structlog
@@ -60,6 +62,11 @@ ADVERT_DEADLINE_NS: Final = 2 * SECOND_NS
 #: At the end, coordinators are told that this Island is leaving; none may hold up the exit.
 FAREWELL_S: Final = 0.5
 
+RuntimeOpener: TypeAlias = Callable[[RuntimeSpec], AbstractAsyncContextManager[Runtime]]
+
+#: What opens a Cargo of each runtime type; a new runtime joins here.
+RUNTIMES: Final[Mapping[RuntimeType, RuntimeOpener]] = MappingProxyType({RuntimeType.LLMCPP: open_llama})
+
 _log = structlog.get_logger("island")
 
 
@@ -99,8 +106,9 @@ class IslandState:
 class Island:
     """Settings made into a running Island by `run`."""
 
-    def __init__(self, settings: NodeSettings) -> None:
+    def __init__(self, settings: NodeSettings, openers: Mapping[RuntimeType, RuntimeOpener] = RUNTIMES) -> None:
         self.settings = settings
+        self._openers = openers
         self.identity = load_or_create_identity(settings.data_path / "identity.key")
         self.store = CargoStore(Path(settings.cache_dir).expanduser() if settings.cache_dir else None)
         self._runtimes: dict[str, Runtime] = {}
@@ -164,7 +172,8 @@ class Island:
             log.warning("cargo not available", problem=error.problem, hint=error.hint)
             self._note_change()
             return
-        if manifest.runtime is not RuntimeType.LLMCPP:
+        open_runtime = self._openers.get(manifest.runtime)
+        if open_runtime is None:
             hosted.state, hosted.detail = "failed", f"this Island has no runtime for {manifest.runtime} Cargos"
             log.warning("cargo not runnable", detail=hosted.detail)
             self._note_change()
@@ -181,7 +190,7 @@ class Island:
         )
         hosted.state = "loading"
         self._note_change()
-        async with open_llama(spec) as runtime:
+        async with open_runtime(spec) as runtime:
             hosted.runtime = self._runtimes[hosted.entry.digest] = runtime
             last = ""
             while True:
