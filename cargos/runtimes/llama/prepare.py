@@ -88,7 +88,7 @@ class Preparer:
         if len(text) > self._max_bytes:
             raise JobRefused(
                 "too-long",
-                f"{len(text)} characters of prompt exceed this model's context of {self._context_length} tokens",
+                f"{len(text)} characters exceed this model's context length of {self._context_length} tokens",
             )
         return self._model.tokenize(text, parse_special=parse_special) if text else []
 
