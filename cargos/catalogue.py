@@ -39,13 +39,13 @@ class Catalogue:
         self._entries: list[CargoEntry] = []
         self._by_key: dict[str, CargoEntry] = {}
         for entry in entries:
+            if entry.digest in self._by_key:
+                continue
             key = f"{entry.manifest.name}@{entry.manifest.version}"
-            known = self._by_key.setdefault(key, entry)
-            if known.digest != entry.digest:
-                raise ValueError(f"two Cargos are named {key}: {known.digest} and {entry.digest}")
-            if known is entry:
-                self._entries.append(entry)
-                self._by_key[entry.digest] = entry
+            if key in self._by_key:
+                raise ValueError(f"two Cargos are named {key}: {self._by_key[key].digest} and {entry.digest}")
+            self._by_key[key] = self._by_key[entry.digest] = entry
+            self._entries.append(entry)
 
     def __iter__(self) -> Iterator[CargoEntry]:
         return iter(self._entries)

@@ -13,8 +13,13 @@ import msgspec
 from cargos.errors import ManifestError
 from cargos.locator import BadLocator, parse_locator_untrusted
 from cargos.manifest import (
+    MAX_CHAT_TEMPLATE_CHARS,
     MAX_DECIMALS,
+    MAX_DESCRIPTION_CHARS,
     MAX_FILES,
+    MAX_SOURCES,
+    MAX_SYSTEM_PROMPT_CHARS,
+    MAX_TITLE_CHARS,
     SCHEMA_VERSION,
     CargoFile,
     Defaults,
@@ -26,7 +31,7 @@ from cargos.manifest import (
 from protocol.codec import excerpt
 from protocol.errors import ProtocolError
 from protocol.ids import peer_id_untrusted
-from protocol.limits import KIB
+from protocol.limits import KIB, MAX_CONTEXT_TOKENS
 
 Format: TypeAlias = Literal["toml", "json"]
 
@@ -57,8 +62,8 @@ EXPECTED: Final[dict[str, str]] = {
     "schema": f"the number {SCHEMA_VERSION} (this program knows no other schema)",
     "name": _SLUG,
     "version": "a version that begins with a digit, such as '1.0.0'",
-    "title": "one line of 1 to 128 characters",
-    "description": "text of at most 4096 characters",
+    "title": f"one line of 1 to {MAX_TITLE_CHARS} characters",
+    "description": f"text of at most {MAX_DESCRIPTION_CHARS} characters",
     "runtime": "one of llmcpp, onnx, wasm, container, diffusers",
     "publisher": "a peer id (12D3KooW...) or a name of letters, digits, '.', '_', '-'",
     "licence": "a table with spdx and optionally url",
@@ -76,16 +81,16 @@ EXPECTED: Final[dict[str, str]] = {
     "files[].role": "what the file is for, such as 'model'",
     "files[].size_bytes": "the file's size, a whole number of bytes, at least 1",
     "files[].sha256": "64 lower-case hex digits (sha256sum FILE prints them)",
-    "files[].sources": "1 to 8 sources",
+    "files[].sources": f"1 to {MAX_SOURCES} sources",
     "files[].sources[]": "file:PATH, https://HOST/PATH, hf:OWNER/REPO@REVISION/PATH or pypi:PKG==VERSION/PATH",
-    "context_length": "a whole number of tokens between 0 and 262144",
-    "chat_template": "a Jinja template of 1 to 65536 characters",
+    "context_length": f"a whole number of tokens between 0 and {MAX_CONTEXT_TOKENS}",
+    "chat_template": f"a Jinja template of 1 to {MAX_CHAT_TEMPLATE_CHARS} characters",
     "categories": _LABELS,
     "categories[]": "a word of lower-case letters, digits and '-'",
     "capabilities": _LABELS,
     "capabilities[]": "a word of lower-case letters, digits and '-'",
     "defaults": "a table of sampling defaults and system_prompt",
-    "defaults.system_prompt": "text of 1 to 8192 characters",
+    "defaults.system_prompt": f"text of 1 to {MAX_SYSTEM_PROMPT_CHARS} characters",
     "defaults.temperature": "a number between 0 and 2",
     "defaults.top_p": "a number above 0, at most 1",
     "defaults.top_k": "a whole number between 0 and 1000",

