@@ -166,6 +166,10 @@ class Host:
         connections = self._connections.get(peer)
         return connections[0].remote if connections else None
 
+    def heard_at(self, peer: PeerId) -> float | None:
+        """`trio.current_time()` when bytes last came from it, on whatever stream; None if not connected."""
+        return max((c.heard_at for c in self._connections.get(peer, ())), default=None)
+
     @property
     def inbound_streams(self) -> int:
         """Streams with a handler now."""

@@ -49,6 +49,7 @@ class Connection:
         self.streams: dict[int, Stream] = {}
         self.broken: str | None = None
         self.departing = False  # the peer takes no new streams
+        self.heard_at = trio.current_time()  # when bytes last came
         self._channel = channel
         self._limits = limits
         self._accept = accept
@@ -250,6 +251,7 @@ class Connection:
     async def _read_loop(self) -> None:
         try:
             while records := await self._channel.receive():
+                self.heard_at = trio.current_time()
                 for record in records:
                     if self.broken is not None:
                         return

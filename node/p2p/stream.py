@@ -273,9 +273,9 @@ class Stream:
 
     def on_window(self, delta: int) -> None:
         """The peer allows this much more."""
+        # The peer's memory is the peer's business (py-libp2p grants far too much); ours stays bounded by
+        # the connection's send queue.
         self._send_window += delta
-        if self._send_window > yamux.MAX_WINDOW_BYTES:
-            raise yamux.YamuxViolation("a window beyond all reason")
         self._writers.unpark_all()
 
     def on_body_announced(self, size: int) -> None:

@@ -1,0 +1,439 @@
+"""The peers this node knows: one RPC link each, kept alive, measured, and declared dead in time.
+
+Who opens the link. Whoever dials opens the stream and says hello; the answer carries the other's hello, and
+the link is up on both sides after that one round trip. When both sides dial at once, each sees the other's
+stream while its own is open or under way; then the stream opened by the peer with the smaller id stays, and the
+other's hello is refused ("busy") or its link is replaced. Both sides decide alike without a message.
+
+Who is dead. Any byte on a peer's connections shows that it lives; a ping each second makes sure that there are
+some. A peer that is silent for `dead_after_ns` is disconnected, which breaks its streams at once: a frozen
+process or a cut cable looks the same. If this node itself was frozen, it gives everybody a new chance first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias, TypeVar
+
+import structlog
+import trio
+
+from node.p2p import Host, Stream, StreamBroken, Unreachable, parse_peer_address
+from node.p2p.errors import AddressInvalid
+from node.p2p.host import plain_errors
+from node.rpc import CallFailed, Method, Methods, PeerUnreachable, Refused, RpcCounters, RpcLink
+from protocol.adverts import HELLO, METHOD_HELLO, Hello
+from protocol.codec import Codec, Message
+from protocol.dice import Dice
+from protocol.ids import PeerId
+from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
+from protocol.rpc import RPC_PROTOCOL
+
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
+
+PeerState: TypeAlias = Literal["connected", "connecting", "waiting"]
+
+_log = structlog.get_logger("peers")
+
+
+@dataclass(frozen=True, slots=True)
+class PeersConfig:
+    """Times of the peer table, all durations in nanoseconds."""
+
+    heartbeat_ns: int = SECOND_NS
+    """A ping is 60 bytes; a thousand peers cost 60 kB/s."""
+
+    dead_after_ns: int = 4 * SECOND_NS
+    """Four lost heartbeats. Longer pauses of a live peer are rare even on mobile links, and a consumer
+    waits this long for a hand-over when an Island freezes."""
+
+    backoff_first_ns: int = 250 * MILLISECOND_NS
+    """A restarted process listens again after about this long."""
+
+    backoff_max_ns: int = 30 * SECOND_NS
+    """A peer that comes back after a night is found within this time."""
+
+    steady_after_ns: int = 5 * SECOND_NS
+    """A link that lived this long was a success: the next backoff starts anew."""
+
+    connect_ns: int = 10 * SECOND_NS
+    """Dialling, the RPC stream and hello together."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerUp:
+    """Hello was exchanged: calls work."""
+
+    peer: PeerId
+    hello: Hello
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDown:
+    """The link is gone. Streams may have broken before this."""
+
+    peer: PeerId
+    reason: str
+
+
+PeerEvent: TypeAlias = PeerUp | PeerDown
+
+
+@dataclass(frozen=True, slots=True)
+class PeerView:
+    """One row of the peer table. `peer` is known for every address; `name` and `roles` once it said hello.
+
+    `last_seen`: when bytes last came, on this process's monotonic clock.
+    """
+
+    peer: PeerId
+    name: str
+    roles: tuple[str, ...]
+    address: str
+    state: PeerState
+    rtt_ns: int | None
+    last_seen: Instant | None
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class _Known:
+    """A peer whose link is up."""
+
+    link: RpcLink
+    hello: Hello
+    ours: bool  # we opened the stream
+
+
+@dataclass(slots=True)
+class _Kept:
+    """An address to stay connected to."""
+
+    address: str
+    peer: PeerId
+    scope: trio.CancelScope
+    state: PeerState = "connecting"
+    detail: str = ""
+    last_seen: Instant | None = None
+
+
+@asynccontextmanager
+async def open_peers(
+    host: Host,
+    *,
+    hello: Hello,
+    config: PeersConfig = PeersConfig(),  # noqa: B008 - frozen: one shared default is safe
+    dice: Dice,
+) -> AsyncGenerator[Peers]:
+    """The peer table over a host. On leaving, all links are closed; the host stays as it is."""
+    with plain_errors():
+        async with trio.open_nursery() as nursery:
+            peers = Peers(host, hello, config, dice, nursery)
+            nursery.start_soon(peers.watch)
+            try:
+                yield peers
+            finally:
+                peers.close()
+                nursery.cancel_scope.cancel()
+
+
+class Peers:
+    """Made by `open_peers`."""
+
+    def __init__(
+        self, host: Host, hello: Hello, config: PeersConfig, dice: Dice, nursery: trio.Nursery
+    ) -> None:
+        self.counters: Final = RpcCounters()
+        self._host = host
+        self._hello = hello
+        self._config = config
+        self._dice = dice
+        self._nursery = nursery
+        self._methods = Methods()
+        self._known: dict[PeerId, _Known] = {}
+        self._dialling: dict[PeerId, int] = {}  # our own links under way
+        self._links: set[RpcLink] = set()
+        self._kept: dict[str, _Kept] = {}
+        self._subscribers: list[Callable[[PeerEvent], None]] = []
+        self._closed = False
+        host.handle(RPC_PROTOCOL, self._serve_inbound)
+
+    # --- serving --------------------------------------------------------------------------------
+
+    def serve(self, method: str, request: Codec[Q], handler: Callable[[PeerId, Q], Awaitable[Message]]) -> None:
+        """Answer calls of `method` from any peer. `handler` returns the answer or raises `rpc.Refused`.
+
+        It is cancelled when the caller gives up or its deadline passes. Another exception is logged and
+        counted, and the caller gets "failed". Raises ValueError if the method is served already.
+        """
+        self._methods.serve(method, request, handler)
+
+    def serve_notice(self, method: str, codec: Codec[Q], handler: Callable[[PeerId, Q], None]) -> None:
+        """Take notices of `method` from any peer. Raises ValueError if it is served already."""
+        self._methods.serve_notice(method, codec, handler)
+
+    def subscribe(self, callback: Callable[[PeerEvent], None]) -> Callable[[], None]:
+        """Call `callback` at each event, in order; it must return at once and not raise.
+
+        Callbacks, because then no event is ever queued, dropped or late. Returns what ends it.
+        """
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
+
+    # --- staying connected ----------------------------------------------------------------------
+
+    def keep(self, address: str) -> None:
+        """Dial `address` (with /p2p/ID) and stay connected, with backoff. Idempotent.
+
+        Raises AddressInvalid.
+        """
+        if address in self._kept:
+            return
+        _, peer = parse_peer_address(address)
+        if peer == self._host.peer:
+            raise AddressInvalid(f"{address!r} is this node itself")
+        kept = self._kept[address] = _Kept(address, peer, trio.CancelScope())
+        self._nursery.start_soon(self._keep, kept)
+
+    def forget(self, address: str) -> None:
+        """Dial it no more. A link that is up stays until it ends. Idempotent."""
+        kept = self._kept.pop(address, None)
+        if kept is not None:
+            kept.scope.cancel()
+
+    # --- calling --------------------------------------------------------------------------------
+
+    async def call(
+        self, peer: PeerId, method: str, message: Message, reply: Codec[R], *, deadline_ns: int
+    ) -> R:
+        """Call a peer and wait for its answer for `deadline_ns` at most (a duration).
+
+        Cancelled or out of time, the peer's handler is cancelled, too. Raises PeerUnreachable (no link, or
+        lost meanwhile) and CallFailed (refused, failed there, malformed, out of time).
+        """
+        known = self._known.get(peer)
+        if known is None:
+            await trio.lowlevel.checkpoint()
+            raise PeerUnreachable("not connected")
+        return await known.link.call(method, message, reply, deadline_ns=deadline_ns)
+
+    def notify(self, peer: PeerId, method: str, message: Message) -> None:
+        """Tell a peer, if it can be told at once; else dropped and counted."""
+        known = self._known.get(peer)
+        if known is None:
+            self.counters.notices_dropped += 1
+        else:
+            known.link.notify(method, message)
+
+    # --- looking --------------------------------------------------------------------------------
+
+    def up(self) -> tuple[PeerId, ...]:
+        """Peers whose link is up, in the order in which they came."""
+        return tuple(self._known)
+
+    def hello(self, peer: PeerId) -> Hello | None:
+        """What the peer said of itself; None while there is no link."""
+        known = self._known.get(peer)
+        return known.hello if known else None
+
+    def rtt_ns(self, peer: PeerId) -> int | None:
+        """Smoothed round-trip time on the link; None while unknown."""
+        known = self._known.get(peer)
+        return known.link.rtt_ns if known else None
+
+    def min_rtt_ns(self, peer: PeerId) -> int | None:
+        """The shortest round trip seen on the link: the path itself, without queues."""
+        known = self._known.get(peer)
+        return known.link.min_rtt_ns if known else None
+
+    def table(self) -> tuple[PeerView, ...]:
+        """All peers: those with a link, then kept addresses without one."""
+        addresses = {kept.peer: kept.address for kept in self._kept.values()}
+        rows = [
+            PeerView(
+                peer=peer,
+                name=known.hello.name,
+                roles=known.hello.roles,
+                address=addresses.get(peer) or self._host.remote_of(peer) or "",
+                state="connected",
+                rtt_ns=known.link.rtt_ns,
+                last_seen=self._last_seen(peer),
+            )
+            for peer, known in self._known.items()
+        ]
+        rows += [
+            PeerView(kept.peer, "", (), kept.address, kept.state, None, kept.last_seen, kept.detail)
+            for kept in self._kept.values()
+            if kept.peer not in self._known
+        ]
+        return tuple(rows)
+
+    def _last_seen(self, peer: PeerId) -> Instant | None:
+        heard = self._host.heard_at(peer)
+        return None if heard is None else Instant(round(heard * SECOND_NS))
+
+    # --- links ----------------------------------------------------------------------------------
+
+    async def _serve_inbound(self, stream: Stream) -> None:
+        """A peer opened a link."""
+        if self._closed:
+            return
+
+        async def greet(peer: PeerId, hello: Hello) -> Hello:
+            if not self._adopt(link, hello, ours=False):
+                raise Refused("busy", f"another link to {peer} is in use")
+            await trio.lowlevel.checkpoint_if_cancelled()
+            return self._hello
+
+        link = RpcLink(stream, self._methods, self.counters, greeting=(METHOD_HELLO, Method(HELLO, greet)))
+        await self._run_link(link)
+
+    async def _open_link(self, peer: PeerId, address: str) -> RpcLink:
+        """Connect, open a stream, say hello. Raises Unreachable, CallFailed, PeerUnreachable."""
+        self._dialling[peer] = self._dialling.get(peer, 0) + 1
+        link: RpcLink | None = None
+        opened = False
+        try:
+            await self._host.connect(address)
+            stream = await self._host.open_stream(peer, RPC_PROTOCOL)
+            link = RpcLink(stream, self._methods, self.counters)
+            self._nursery.start_soon(self._run_link, link)
+            hello = await link.call(METHOD_HELLO, self._hello, HELLO, deadline_ns=self._config.connect_ns)
+            opened = self._adopt(link, hello, ours=True)
+            if not opened:
+                raise PeerUnreachable("another link is in use")
+            return link
+        finally:
+            self._dialling[peer] -= 1
+            if not self._dialling[peer]:
+                del self._dialling[peer]
+            if link is not None and not opened:
+                link.close("hello failed")
+
+    async def _run_link(self, link: RpcLink) -> None:
+        self._links.add(link)
+        try:
+            await link.run()
+        finally:
+            self._links.discard(link)
+            self._drop(link)
+        if link.violated:
+            _log.warning("disconnected", peer=link.peer, reason=link.reason)
+            await self._host.disconnect(link.peer, link.reason)
+
+    def _adopt(self, link: RpcLink, hello: Hello, *, ours: bool) -> bool:
+        """Make this the peer's link, unless another one has the better right. See the module's head."""
+        peer = link.peer
+        if self._closed or link.ended.is_set():
+            return False
+        known = self._known.get(peer)
+        if known is not None and known.link is link:
+            known.hello = hello
+            return True
+        if ours:
+            if known is not None and not known.ours and peer < self._host.peer:
+                return False
+        elif self._host.peer < peer and (peer in self._dialling or (known is not None and known.ours)):
+            return False
+        link.opened = True
+        self._known[peer] = _Known(link, hello, ours)
+        if known is not None:
+            known.link.close("replaced by a newer link")
+        else:
+            _log.info("peer up", peer=peer, name=hello.name, roles=hello.roles)
+            self._publish(PeerUp(peer, hello))
+        link.ping()
+        return True
+
+    def _drop(self, link: RpcLink) -> None:
+        known = self._known.get(link.peer)
+        if known is None or known.link is not link:
+            return
+        del self._known[link.peer]
+        _log.info("peer down", peer=link.peer, name=known.hello.name, reason=link.reason)
+        self._publish(PeerDown(link.peer, link.reason))
+
+    def _publish(self, event: PeerEvent) -> None:
+        for callback in tuple(self._subscribers):
+            callback(event)
+
+    # --- tasks ----------------------------------------------------------------------------------
+
+    async def _keep(self, kept: _Kept) -> None:
+        """Dial, wait for the end of the link, wait a little, dial again."""
+        failures = 0
+        with kept.scope:
+            while True:
+                kept.state = "connecting"
+                began = trio.current_time()
+                try:
+                    with trio.fail_after(self._config.connect_ns / SECOND_NS):
+                        link = await self._link_to(kept)
+                except (Unreachable, CallFailed, PeerUnreachable, StreamBroken) as error:
+                    kept.detail = str(error)
+                except trio.TooSlowError:
+                    kept.detail = "no answer in time"
+                else:
+                    kept.state, kept.detail = "connected", ""
+                    began = trio.current_time()
+                    await link.ended.wait()
+                    kept.detail = link.reason
+                    if trio.current_time() - began >= self._config.steady_after_ns / SECOND_NS:
+                        failures = 0
+                    if kept.peer in self._known:
+                        continue  # replaced
+                kept.state = "waiting"
+                _log.debug("waiting to dial", address=kept.address, reason=kept.detail, failures=failures)
+                await trio.sleep(self._backoff_ns(failures) / SECOND_NS)
+                failures += 1
+
+    async def _link_to(self, kept: _Kept) -> RpcLink:
+        known = self._known.get(kept.peer)
+        if known is not None:
+            return known.link
+        try:
+            return await self._open_link(kept.peer, kept.address)
+        except (CallFailed, PeerUnreachable):
+            known = self._known.get(kept.peer)  # the peer's own link may have won
+            if known is not None:
+                return known.link
+            raise
+
+    def _backoff_ns(self, failures: int) -> int:
+        """Exponential, with jitter between half and the whole, so that restarts do not come in herds."""
+        steps = math.ceil(math.log2(max(1, self._config.backoff_max_ns // self._config.backoff_first_ns)))
+        whole = min(self._config.backoff_max_ns, self._config.backoff_first_ns << min(failures, steps))
+        return round(whole * (0.5 + 0.5 * self._dice.unit()))
+
+    async def watch(self) -> None:
+        """Heartbeats, and the end of those who do not answer them."""
+        heartbeat = self._config.heartbeat_ns / SECOND_NS
+        tick = heartbeat / 4
+        limit = self._config.dead_after_ns / SECOND_NS
+        pardon = trio.current_time()  # silence before this moment does not count
+        next_ping = pardon
+        while True:
+            before = trio.current_time()
+            await trio.sleep(tick)
+            now = trio.current_time()
+            if now - before > tick + heartbeat:
+                pardon = now  # it was us who slept: what they sent waits unread in our sockets
+            for peer in self.up():
+                heard = self._host.heard_at(peer)
+                if heard is not None and now - max(heard, pardon) > limit:
+                    _log.warning("peer silent", peer=peer, silent_s=round(now - heard, 1))
+                    await self._host.disconnect(peer, f"silent for {now - heard:.1f} s")
+            if now >= next_ping:
+                next_ping = now + heartbeat - tick / 2
+                for known in tuple(self._known.values()):
+                    known.link.ping()
+
+    def close(self) -> None:
+        """For open_peers."""
+        self._closed = True
+        for link in tuple(self._links):
+            link.close("this node is shutting down")
