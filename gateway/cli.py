@@ -65,8 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, GatewaySettings)
 
     async def announce(ready: GatewayReady) -> None:
-        for url in ready.urls:
-            print(f"listening {url}", flush=True)
+        print(f"listening {ready.url}", flush=True)
         for address in ready.addresses:
             print(f"mesh {address}", flush=True)
 

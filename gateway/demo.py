@@ -36,8 +36,9 @@ from cargos.progress import FetchProgress
 from cargos.resolve import resolve_cargo
 from cargos.store import CargoStore
 from gateway.keys import new_key
-from gateway.questions import ask
+from gateway.questions import QuestionFailed, ask
 from node.control import NotRunning, Snapshot, ask_status
+from node.runner import flatten
 
 DEFAULT_PORT: Final = 8080
 NAMES: Final = ("coral", "atoll", "lagoon", "reef", "skerry", "cay", "holm", "islet")
@@ -96,15 +97,14 @@ def _demo(arguments: argparse.Namespace) -> int:
         print("error: --islands must be between 1 and 64", file=sys.stderr)
         return 2
     demo = Demo(arguments)
+    failures: list[Exception] = []
     try:
         trio.run(demo.run)
-    except* (DemoFailed, CargoError) as group:
-        error = group.exceptions[0]
-        while isinstance(error, BaseExceptionGroup):
-            error = cast("BaseExceptionGroup[Exception]", error).exceptions[0]
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except* (DemoFailed, CargoError, QuestionFailed, httpx.HTTPError) as group:
+        failures.extend(flatten(group))
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 class Demo:
@@ -226,7 +226,7 @@ class Demo:
     async def _islands_ready(self) -> bool:
         for child in self._children[1:]:
             if child.process.returncode is not None:
-                continue
+                raise DemoFailed(f"{child.label} ended before it was ready\n{self._last_words()}")
             try:
                 snapshot = await ask_status(child.data_dir)
             except NotRunning:

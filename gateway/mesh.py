@@ -18,7 +18,7 @@ import trio
 
 from gateway.service import Completed, Failed, FailureCode, JobEvent, ModelInfo, Placed, Preparing, Released
 from node.p2p import Host, StreamBroken, Unreachable
-from node.peers import PeerDown, Peers
+from node.peers import PeerDown, PeerEvent, Peers
 from node.streams import MessageStream
 from protocol.adverts import ADVERT, ADVERT_KIND, METHOD_ADVERT, Accepted
 from protocol.codec import Codec
@@ -100,12 +100,12 @@ class Mesh:
         self._refills: trio.MemoryReceiveChannel[PeerId]
         self._refill, self._refills = trio.open_memory_channel[PeerId](1024)
         peers.serve(METHOD_ADVERT, ENVELOPE, self._take_advert)
+        peers.subscribe(self._on_peer)
 
     async def keep(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the book true until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            nursery.start_soon(self._watch_peers)
             nursery.start_soon(self._expire)
             nursery.start_soon(self._keep_streams_ready, nursery)
             task_status.started()
@@ -212,11 +212,9 @@ class Mesh:
         except Unreachable:
             pass  # the peer table will say so soon
 
-    async def _watch_peers(self) -> None:
-        async with self._peers.subscribe() as events:
-            async for event in events:
-                if isinstance(event, PeerDown):
-                    self._drop(event.peer, event.reason)
+    def _on_peer(self, event: PeerEvent) -> None:
+        if isinstance(event, PeerDown):
+            self._drop(event.peer, event.reason)
 
     async def _expire(self) -> None:
         while True:
@@ -434,10 +432,15 @@ class MeshJob:
                 self._notice(Preparing(stage, done, total))
             case JobWaiting():
                 self._notice(Preparing("waiting", 0, 0))
-            case IslandFailed(peer, reason):
-                peer = cast("PeerId", peer)
-                _log.warning("island failed a job", job=self.id[:8], peer=peer, reason=reason)
-                self._mesh.book.suspect(self._mesh.now(), peer)
+            case IslandFailed():
+                failed = cast("IslandFailed[PeerId]", event)
+                _log.warning(
+                    "island failed a job",
+                    job=self.id[:8],
+                    island=self._mesh.name_of(failed.peer),
+                    reason=failed.reason,
+                )
+                self._mesh.book.suspect(self._mesh.now(), failed.peer)
             case JobCompleted():
                 self._show_placed()
                 self._complete(cast("JobCompleted[PeerId]", event))

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import secrets
+import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import structlog
 import trio
-from hypercorn.config import Config
-from hypercorn.trio import serve
-from hypercorn.typing import ASGIFramework
 
 from gateway.app import create_app
 from gateway.config import GatewaySettings
 from gateway.http import HttpSettings
+from gateway.http_server import open_listener, serve_http
 from gateway.keys import KeyRing
 from gateway.mesh import Mesh
 from node.identity import load_or_create_identity
@@ -25,17 +25,14 @@ from node.peers import open_peers
 from protocol.adverts import Hello
 from protocol.dice import Dice
 
-#: What open connections get at shutdown before they are cut.
-GRACE_S = 1.0
-
 _log = structlog.get_logger("gateway")
 
 
 @dataclass(frozen=True, slots=True)
 class GatewayReady:
-    """`urls`: of the HTTP server. `addresses`: full multiaddrs for Islands' `network.coordinators`."""
+    """`url`: of the HTTP server. `addresses`: full multiaddrs for Islands' `network.coordinators`."""
 
-    urls: tuple[str, ...]
+    url: str
     addresses: tuple[str, ...]
 
 
@@ -75,30 +72,14 @@ async def run_gateway(
             metrics_need_key=not settings.public_metrics,
         )
         app = create_app(mesh, keys=keys, settings=http, island_count=lambda: len(mesh.book))
-        config = _hypercorn_config(settings)
-
-        async def run_http(task_status: trio.TaskStatus[list[str]]) -> None:
-            never = trio.Event()
-            await serve(
-                _as_asgi(app), config, shutdown_trigger=never.wait, task_status=task_status, mode="asgi"
-            )
-
-        urls = await nursery.start(run_http)
-        _log.info("listening", http=urls, mesh=list(host.addresses), peer=host.peer)
+        listener = open_listener(settings.http.host, settings.http.port)
+        url = _url_of(listener)
+        await nursery.start(partial(serve_http, app, listener))
+        _log.info("listening", http=url, mesh=list(host.addresses), peer=host.peer)
         if ready is not None:
-            await ready(GatewayReady(tuple(urls), host.addresses))
+            await ready(GatewayReady(url, host.addresses))
 
 
-def _hypercorn_config(settings: GatewaySettings) -> Config:
-    config = Config()
-    host = f"[{settings.http.host}]" if ":" in settings.http.host else settings.http.host
-    config.bind = [f"{host}:{settings.http.port}"]
-    config.accesslog = None
-    config.errorlog = None
-    config.include_server_header = False
-    config.graceful_timeout = GRACE_S
-    return config
-
-
-def _as_asgi(app: object) -> ASGIFramework:
-    return app  # type: ignore[return-value]
+def _url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -25,7 +25,7 @@ from cargos.errors import CargoError
 from cargos.manifest import RuntimeType
 from cargos.progress import FetchProgress
 from cargos.resolve import resolve_cargo
-from cargos.runtimes.base import Runtime, RuntimeSpec
+from cargos.runtimes.base import Runtime, RuntimeFailed, RuntimeSpec
 from cargos.runtimes.llama import open_llama
 from cargos.store import CargoStore
 from node.config import NodeSettings
@@ -33,7 +33,8 @@ from node.control import serve_control
 from node.identity import Identity, load_or_create_identity
 from node.jobs import JobService
 from node.p2p import Host, open_host
-from node.peers import CallFailed, Peers, PeerUnreachable, PeerUp, open_peers
+from node.peers import PeerEvent, Peers, PeerUp, open_peers
+from node.rpc import CallFailed, PeerUnreachable
 from protocol.adverts import (
     ACCEPTED,
     ADVERT_INTERVAL_NS,
@@ -136,6 +137,7 @@ class Island:
             )
             state = self.state = IslandState(settings, self.identity, host, peers, jobs)
             host.handle(JOB_PROTOCOL, jobs.handle)
+            peers.subscribe(self._on_peer)
             for address in settings.network.coordinators:
                 peers.keep(address)
             async with trio.open_nursery() as nursery:
@@ -145,7 +147,6 @@ class Island:
                     hosted = state.cargos[entry.digest] = HostedCargo(entry)
                     nursery.start_soon(self._host_cargo, hosted)
                 nursery.start_soon(self._advertise)
-                nursery.start_soon(self._greet_coordinators)
                 try:
                     if ready is not None:
                         await ready(state)
@@ -160,7 +161,6 @@ class Island:
     async def _host_cargo(self, hosted: HostedCargo) -> None:
         """Fetch, load and keep a Cargo. What fails here is shown and advertised, not raised."""
         manifest = hosted.entry.manifest
-        log = _log.bind(cargo=f"{manifest.name}@{manifest.version}")
 
         def note(progress: FetchProgress) -> None:
             hosted.done_bytes, hosted.total_bytes = progress.done_bytes, progress.total_bytes or 0
@@ -168,20 +168,16 @@ class Island:
         try:
             files = await self.store.ensure(manifest, base=hosted.entry.base, progress=note)
         except CargoError as error:
-            hosted.state, hosted.detail = "failed", str(error)
-            log.warning("cargo not available", problem=error.problem, hint=error.hint)
-            self._note_change()
+            self._give_up_cargo(hosted, str(error))
             return
         open_runtime = self._openers.get(manifest.runtime)
         if open_runtime is None:
-            hosted.state, hosted.detail = "failed", f"this Island has no runtime for {manifest.runtime} Cargos"
-            log.warning("cargo not runnable", detail=hosted.detail)
-            self._note_change()
+            self._give_up_cargo(hosted, f"this Island has no runtime for {manifest.runtime} Cargos")
             return
         engine = self.settings.engine
         spec = RuntimeSpec(
             name=manifest.name,
-            files={file.role: str(files[file.name]) for file in manifest.files},
+            files={name: str(path) for name, path in files.items()},
             context_length=engine.context_length or manifest.context_length,
             chat_template=manifest.chat_template,
             system_prompt=manifest.defaults.system_prompt,
@@ -190,34 +186,44 @@ class Island:
         )
         hosted.state = "loading"
         self._note_change()
-        async with open_runtime(spec) as runtime:
-            hosted.runtime = self._runtimes[hosted.entry.digest] = runtime
-            last = ""
-            while True:
-                load = runtime.load()
-                hosted.state, hosted.detail = load.state, load.detail
-                if load.state != last:
-                    log.info(
-                        "cargo state",
-                        state=load.state,
-                        decode_tps=round(load.decode_tps),
-                        prefill_tps=round(load.prefill_tps),
-                        detail=load.detail or None,
-                    )
-                    last = load.state
-                    self._note_change()
-                await trio.sleep(0.1 if load.state == "loading" else 1.0)
+        try:
+            async with open_runtime(spec) as runtime:
+                hosted.runtime = self._runtimes[hosted.entry.digest] = runtime
+                await self._watch_runtime(hosted, runtime)
+        except RuntimeFailed as error:
+            self._give_up_cargo(hosted, str(error))
+
+    async def _watch_runtime(self, hosted: HostedCargo, runtime: Runtime) -> None:
+        last = ""
+        while True:
+            load = runtime.load()
+            hosted.state, hosted.detail = load.state, load.detail
+            if load.state != last:
+                last = load.state
+                _log.info(
+                    "cargo state",
+                    cargo=hosted.entry.manifest.name,
+                    state=load.state,
+                    decode_tps=round(load.decode_tps),
+                    prefill_tps=round(load.prefill_tps),
+                    detail=load.detail or None,
+                )
+                self._note_change()
+            await trio.sleep(0.1 if load.state == "loading" else 1.0)
+
+    def _give_up_cargo(self, hosted: HostedCargo, detail: str) -> None:
+        hosted.state, hosted.detail = "failed", detail
+        _log.warning("cargo not available", cargo=hosted.entry.manifest.name, detail=detail)
+        self._note_change()
 
     # --- adverts ------------------------------------------------------------------------------------
 
     def _note_change(self) -> None:
         self._changed.set()
 
-    async def _greet_coordinators(self) -> None:
-        async with self.state.peers.subscribe() as events:
-            async for event in events:
-                if isinstance(event, PeerUp):
-                    self._note_change()
+    def _on_peer(self, event: PeerEvent) -> None:
+        if isinstance(event, PeerUp):
+            self._note_change()  # a new coordinator wants to know what there is
 
     async def _advertise(self) -> None:
         while True:

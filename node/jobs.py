@@ -17,7 +17,7 @@ from cargos.runtimes.base import Finished, JobRefused, Progress, Runtime, Runtim
 from node.p2p import StreamBroken
 from node.streams import ByteStream, MessageStream
 from protocol.envelope import Signer
-from protocol.errors import Fault, ProtocolError
+from protocol.errors import ProtocolError
 from protocol.ids import PeerId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, UnixNs
 from protocol.jobs import (
@@ -232,7 +232,9 @@ async def _obey(stream: Stream, session: Session, scope: trio.CancelScope) -> No
                 case JobCancel():
                     break
                 case JobOffer():
-                    raise ProtocolError(Fault.UNEXPECTED, "a second offer on one stream")
+                    _log.warning("a second offer on one stream", peer=stream.peer)
+                    stream.reset()
+                    break
     except StreamBroken:
         pass
     except ProtocolError as error:

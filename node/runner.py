@@ -81,13 +81,13 @@ def run_program(
             try:
                 await main()
             except* expected as group:
-                failures.extend(_flatten(group))
+                failures.extend(flatten(group))
             nursery.cancel_scope.cancel()
 
     try:
         trio.run(supervised)
     except* SettingsError as group:
-        failures.extend(_flatten(group))
+        failures.extend(flatten(group))
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -123,11 +123,12 @@ async def _stop_on_eof(scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-def _flatten(group: BaseExceptionGroup[Exception]) -> list[Exception]:
+def flatten(group: BaseExceptionGroup[Exception]) -> list[Exception]:
+    """The exceptions in a group, however deep."""
     flat: list[Exception] = []
     for error in group.exceptions:
         if isinstance(error, BaseExceptionGroup):
-            flat.extend(_flatten(error))
+            flat.extend(flatten(error))
         else:
             flat.append(error)
     return flat

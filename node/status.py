@@ -13,7 +13,7 @@ from rich.text import Text
 from node.control import Snapshot, ask_status
 
 _REFRESH_S = 0.5
-_STATE_STYLE = {"ready": "green", "up": "green", "failed": "red", "down": "red"}
+_STATE_STYLE = {"ready": "green", "connected": "green", "failed": "red"}
 
 
 async def show_status(data_dir: Path, once: bool) -> None:  # noqa: FBT001 - passed through trio.run
