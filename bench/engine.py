@@ -87,7 +87,7 @@ async def main(path: str, rounds: int, tokens: int, threads: int) -> None:
     model = Model([path])
     context = Context(
         model,
-        n_ctx=8 * CONTEXT_LENGTH,
+        context_length=CONTEXT_LENGTH,
         n_seq=8,
         n_batch=N_BATCH,
         threads=threads,

@@ -11,13 +11,13 @@ from collections import deque
 from typing import Final
 
 from cargos.runtimes.llama.lane import Lane
-from cargos.runtimes.llama.native import Context, Model, NativeError
+from cargos.runtimes.llama.native import Context, Model
 from cargos.runtimes.llama.schedule import (
     Candidate,
     Placement,
     Plan,
     SlotView,
-    coldest,
+    gap,
     place,
     plan,
 )
@@ -60,7 +60,7 @@ class Engine:
         self._slots = load.slots
         self._context = Context(
             model,
-            n_ctx=max(load.pool_tokens, load.context_length),
+            context_length=load.context_length,
             n_seq=load.slots,
             n_batch=max(N_BATCH, load.slots),
             threads=load.threads,
@@ -75,7 +75,6 @@ class Engine:
         self._running: dict[int, Sequence] = {}  # by key, in order of admission
         self._queue: deque[Sequence] = deque()
         self._lane_queue: deque[Sequence] = deque()
-        self._short = False  # memory ran out: nobody new until somebody leaves
         self._updates: list[Update] = []
         self.decode = Speed()
         self.prefill = Speed()
@@ -131,7 +130,6 @@ class Engine:
         del self._running[sequence.key]
         self._idle[sequence.slot] = sequence.tokens[: sequence.in_memory]
         self._touch(sequence.slot)
-        self._short = False
         sequence.slot = -1
 
     def _touch(self, slot: int) -> None:
@@ -155,7 +153,7 @@ class Engine:
             self._updates.append(update)
 
     def _admit(self) -> None:
-        while self._queue and not (self._short and self._running):
+        while self._queue:
             sequence = self._queue[0]
             placement = place(self._views(), sequence.tokens)
             if placement is None:
@@ -178,12 +176,13 @@ class Engine:
         slot, shared = placement.slot, placement.shared
         if not self._model.memory_is_positional:
             shared = 0
-        if placement.donor != slot or not self._context.cut(slot, shared):
+        if shared and placement.donor != slot:
+            kept = self._context.copy(placement.donor, slot, shared)
+        else:
+            kept = self._context.cut(slot, shared)
+        if not kept:
+            shared = 0
             self._context.cut(slot, 0)
-            if shared and placement.donor != slot:
-                self._context.share(placement.donor, slot, shared)
-            else:
-                shared = 0
         self._idle[slot] = []
         self._touch(slot)
         sequence.slot = slot
@@ -191,17 +190,28 @@ class Engine:
         sequence.cached = shared
         self._running[sequence.key] = sequence
 
+    def _close_gaps(self) -> None:
+        """Move sequences together: only neighbouring slots are computed in one go."""
+        while self._model.memory_is_positional:
+            busy = {s.slot: s for s in self._running.values()}
+            move = gap([slot in busy for slot in range(self._slots)])
+            if move is None:
+                return
+            source, target = move
+            sequence = busy[source]
+            self._context.copy(source, target, sequence.in_memory)
+            self._idle[target] = []
+            self._idle[source] = sequence.tokens[: sequence.in_memory]
+            self._touch(target)
+            sequence.slot = target
+
     def _step_batch(self) -> bool:
-        while True:
-            todo = self._plan()
-            if not todo.shares:
-                return False
-            began = time.monotonic_ns()
-            wanted = self._decode(todo)
-            if wanted is not None:
-                break
-            self._make_room()
-        self._distribute(todo, wanted, began)
+        self._close_gaps()
+        todo = self._plan()
+        if not todo.shares:
+            return False
+        began = time.monotonic_ns()
+        self._distribute(todo, self._decode(todo), began)
         return True
 
     def _plan(self) -> Plan:
@@ -211,20 +221,21 @@ class Engine:
         ]
         return plan(candidates, n_batch=self._context.n_batch, prefill_tps=self.prefill.tps)
 
-    def _decode(self, todo: Plan) -> dict[int, int] | None:
-        """Run the batch. Batch index of the logits by sequence key, or None if the memory is full."""
+    def _decode(self, todo: Plan) -> dict[int, int]:
+        """Run the batch. Batch index of the logits, by key of those sequences that may make a token."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         wanted: dict[int, int] = {}
-        for key, count in todo.shares:
+        for key, count in sorted(todo.shares, key=lambda share: self._running[share[0]].slot):
             s = self._running[key]
             tokens += s.tokens[s.in_memory : s.in_memory + count]
             positions += range(s.in_memory, s.in_memory + count)
             slots += [s.slot] * count
             if count == s.pending:
                 wanted[key] = len(tokens) - 1
-        return wanted if self._context.decode(tokens, positions, slots, list(wanted.values())) else None
+        self._context.decode(tokens, positions, slots, list(wanted.values()))
+        return wanted
 
     def _distribute(self, todo: Plan, wanted: dict[int, int], began_ns: int) -> None:
         for key, count in todo.shares:
@@ -247,20 +258,6 @@ class Engine:
             self.decode.note(1, duration_ns / 1e9)
         elif todo.tokens >= _MIN_MEASURED_TOKENS and all(count > 1 for _, count in todo.shares):
             self.prefill.note(todo.tokens, duration_ns / 1e9)
-
-    def _make_room(self) -> None:
-        """The memory is full: drop what was kept for later, or else send the latest arrival back."""
-        slot = coldest(self._views())
-        if slot is not None:
-            self._context.cut(slot, 0)
-            self._idle[slot] = []
-            return
-        if len(self._running) < 2:
-            raise NativeError("one sequence alone does not fit the memory")
-        latest = next(reversed(self._running.values()))
-        self._vacate(latest)
-        self._queue.appendleft(latest)
-        self._short = True
 
     def _step_lane(self, lane: Lane) -> bool:
         sequence = lane.sequence

@@ -31,6 +31,10 @@ _MAX_REPEAT: Final = 1000
 _REPEATS: Final = ("minItems", "maxItems", "minLength", "maxLength")
 _PATTERN_REPEAT: Final = re.compile(r"\{(\d+)(?:,(\d*))?\}")
 
+_JSON_CHAR: Final = (
+    r"""[^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F] [0-9a-fA-F] [0-9a-fA-F] [0-9a-fA-F])"""
+)
+
 _JSON_OBJECT: Final = r"""
 root   ::= object
 value  ::= object | array | string | number | "true" | "false" | "null"
@@ -77,6 +81,7 @@ def _from_schema(source: str) -> str:
     try:
         resolved = converter.resolve_refs(schema, "schema")
         converter.visit(resolved, "")
+        converter.correct()
         return cast("str", converter.format_grammar())
     except (
         ArithmeticError,
@@ -97,6 +102,11 @@ class _Converter(cast("Any", _converter).SchemaConverter):  # type: ignore[misc]
         # The library's own leaves backslashes alone, which GBNF then reads as escapes.
         escaped = literal.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r")
         return f'"{escaped}"'
+
+    def correct(self) -> None:
+        # The library's own rule lets control characters into strings, which JSON forbids.
+        if "char" in self._rules:
+            self._rules["char"] = _JSON_CHAR
 
 
 def _check(schema: dict[str, object]) -> None:

@@ -34,7 +34,7 @@ class Lane:
         if self._context is None:
             self._context = Context(
                 self._model,
-                n_ctx=self._context_length,
+                context_length=self._context_length,
                 n_seq=1,
                 n_batch=_CHUNK,
                 threads=self._threads,
@@ -84,7 +84,6 @@ class Lane:
             raise NativeError("a lane stepped before its start")
         first = sequence.in_memory
         tokens = sequence.tokens[first : first + count]
-        if not context.decode(tokens, range(first, first + count), [0] * count, [count - 1] if wanted else []):
-            raise NativeError(f"no room for position {first} in a lane of {self._context_length}")
+        context.decode(tokens, range(first, first + count), [0] * count, [count - 1] if wanted else [])
         sequence.in_memory += count
         return context.logits(count - 1) if wanted else None

@@ -175,24 +175,31 @@ class Model:
 
 
 class Context:
-    """Memory of up to `n_seq` sequences and the scratch space of one decode.
+    """Memory of up to `n_seq` sequences of `context_length` tokens, and the scratch space of one decode.
 
-    `n_ctx` counts the cells that all sequences share. Flash attention is off where results must not depend
-    on how the library splits its work over threads.
+    Each sequence has cells of its own, in the order of its tokens. (In a pool shared by all, a new token takes
+    any free cell, attention sums in the order of cells, and a sequence's numbers come to depend on what
+    was in the memory before.) Flash attention is off where results must not depend on how the library
+    splits its work over threads.
     """
 
     def __init__(
-        self, model: Model, *, n_ctx: int, n_seq: int, n_batch: int, threads: int, flash_attention: bool
+        self,
+        model: Model,
+        *,
+        context_length: int,
+        n_seq: int,
+        n_batch: int,
+        threads: int,
+        flash_attention: bool,
     ) -> None:
         self._model = model
         params = _c.llama_context_default_params()
-        params.n_ctx = n_ctx
+        params.n_ctx = n_seq * context_length
         params.n_seq_max = n_seq
         params.n_batch = n_batch
-        # One micro-batch a batch and one pool of cells: rows come back in the order they went in, and
-        # a prefix is shared without copying.
         params.n_ubatch = n_batch
-        params.kv_unified = True
+        params.kv_unified = False
         params.n_outputs_max = min(n_batch, max(n_seq, 1))
         params.n_threads = threads
         params.n_threads_batch = threads
@@ -202,7 +209,7 @@ class Context:
         )
         self._ctx = _c.llama_init_from_model(model.handle, params)
         if not self._ctx:
-            raise NativeError(f"no context of {n_ctx} tokens: {_log.last_words()}")
+            raise NativeError(f"no memory for {n_seq} x {context_length} tokens: {_log.last_words()}")
         self._memory = _c.llama_get_memory(self._ctx)
         self.n_batch: Final = n_batch
         self.n_seq: Final = n_seq
@@ -236,11 +243,11 @@ class Context:
 
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], wanted: Sequence[int]
-    ) -> bool:
+    ) -> None:
         """Run one batch; `wanted` holds the indices whose logits will be asked for.
 
-        False if there is no room for it in the memory (nothing has changed then). Raises ValueError on
-        arguments that would abort the process and NativeError if the computation failed.
+        It is computed in one go if the sequences are consecutive numbers in rising order, else in several.
+        Raises ValueError on arguments that would abort the process, NativeError if the computation failed.
         """
         n = len(tokens)
         if not 1 <= n <= self.n_batch or len(positions) != n or len(sequences) != n:
@@ -258,11 +265,8 @@ class Context:
         self._want[list(wanted)] = 1
         self._batch.n_tokens = n
         status = _c.llama_decode(self._ctx, self._batch)
-        if status == 1:
-            return False
         if status != 0:
             raise NativeError(f"llama_decode returned {status}: {_log.last_words()}")
-        return True
 
     def logits(self, index: int) -> Logits:
         """The row of batch index `index` of the last decode: a view that the next decode overwrites."""
@@ -280,9 +284,13 @@ class Context:
         """Forget a sequence's positions from `start` on. False if this memory can only forget all of it."""
         return bool(_c.llama_memory_seq_rm(self._memory, sequence, start, -1))
 
-    def share(self, source: int, target: int, length: int) -> None:
-        """Let `target` have the first `length` positions of `source`, without copying them."""
-        _c.llama_memory_seq_cp(self._memory, source, target, 0, length)
+    def copy(self, source: int, target: int, length: int) -> bool:
+        """Give `target` the first `length` positions of `source`; what it had is gone.
+
+        False as in `cut`. Copies all cells of the sequence, at the next decode.
+        """
+        _c.llama_memory_seq_cp(self._memory, source, target, 0, -1)
+        return self.cut(target, length)
 
 
 class Grammar:

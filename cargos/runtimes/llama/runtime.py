@@ -41,10 +41,6 @@ _SUSPECT_AFTER: Final = 2
 _BACKOFF_S: Final = 0.05
 _LONGEST_BACKOFF_S: Final = 5.0
 
-#: Tokens of memory per slot unless configured: eight average conversations fit a pool of 16,384,
-#: and a sequence that needs more takes what the others leave, up to the context length.
-_POOL_TOKENS_PER_SLOT: Final = 2048
-
 _SPLIT: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -54,16 +50,14 @@ class LlamaOptions:
 
     `max_restarts` within `restart_window_s` are tolerated, one more and the runtime has failed. `silence_s`:
     without a sign of life so long, a worker is frozen. `stall_s`: without a step so long although there is
-    work, it is stuck (a step is short, but loading a large model from a slow disk is not). `pool_tokens`:
-    memory of all batched sequences together, in tokens; None: 2048 a slot, at least one full context.
-    `lanes`: `deterministic` jobs at a time, each with a memory of a full context, made when first needed.
+    work, it is stuck (a step is short, but loading a large model from a slow disk is not). `lanes`:
+    `deterministic` jobs at a time, each with a memory of a full context, made when first needed.
     """
 
     max_restarts: int = 5
     restart_window_s: float = 60.0
     silence_s: float = 10.0
     stall_s: float = 60.0
-    pool_tokens: int | None = None
     lanes: int = 2
 
 
@@ -87,14 +81,12 @@ class LlamaRuntime:
     def __init__(self, spec: RuntimeSpec, options: LlamaOptions) -> None:
         self._spec = spec
         self._options = options
-        pool = options.pool_tokens or spec.slots * min(spec.context_length, _POOL_TOKENS_PER_SLOT)
         self._frame = Load(
             model_paths(spec.files),
             spec.context_length,
             spec.chat_template,
             spec.slots,
             spec.threads,
-            max(pool, spec.context_length),
             options.lanes,
         )
         self._state: str = "loading"

@@ -76,7 +76,8 @@ class History:
 
     def add(self, token: int) -> None:
         """A generated token."""
-        self._counts[self._slot(token)] += 1
+        place = self._slot(token)  # first: it may move the arrays
+        self._counts[place] += 1
 
     @property
     def ids(self) -> Ids:

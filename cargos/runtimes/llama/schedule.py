@@ -15,8 +15,8 @@ _MIXED_STEP_S: Final = 0.1
 _ALONE_STEP_S: Final = 0.5
 _MIN_CHUNK: Final = 16
 
-#: A shared prefix shorter than this is not worth an operation on the memory.
-_MIN_SHARED: Final = 8
+#: A prefix shorter than this is not worth copying a sequence's memory for.
+_MIN_SHARED: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class SlotView:
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Put the sequence into `slot`; the first `shared` tokens are there already (`donor` == slot) or are
-    shared from `donor`'s slot; with `shared` 0 there is no donor.
+    copied from `donor`'s slot; with `shared` 0 there is no donor.
     """
 
     slot: int
@@ -93,8 +93,8 @@ def place(slots: Sequence[SlotView], tokens: Sequence[int]) -> Placement | None:
     """A free slot for these tokens, and the longest prefix in memory to start from. None if all are busy.
 
     The last token is never taken from memory: its logits are needed. An idle donor that the newcomer mostly
-    continues (the next turn of a conversation) is taken over; otherwise an empty slot or the one unused for
-    longest is, so that the donor's prefix stays for others.
+    continues (the next turn of a conversation) is taken over. Otherwise a slot beside the busy ones is (see
+    `gap`), an empty one first, then the one unused for longest.
     """
     free = [i for i, slot in enumerate(slots) if not slot.busy]
     if not free:
@@ -107,14 +107,22 @@ def place(slots: Sequence[SlotView], tokens: Sequence[int]) -> Placement | None:
         donor, shared = -1, 0
     elif not slots[donor].busy and 2 * shared > len(slots[donor].tokens):
         return Placement(donor, donor, shared)
-    slot = min(free, key=lambda i: (len(slots[i].tokens) > 0, i == donor, slots[i].used))
+    busy = [i for i, slot in enumerate(slots) if slot.busy]
+    beside = range(min(busy) - 1, max(busy) + 2) if busy else range(len(slots))
+    slot = min(free, key=lambda i: (i not in beside, len(slots[i].tokens) > 0, i == donor, slots[i].used))
     return Placement(slot, donor, shared)
 
 
-def coldest(slots: Sequence[SlotView]) -> int | None:
-    """The idle slot that was unused for longest and holds something: to be emptied when memory is short."""
-    idle = [i for i, slot in enumerate(slots) if not slot.busy and len(slot.tokens)]
-    return min(idle, key=lambda i: slots[i].used) if idle else None
+def gap(busy: Sequence[bool]) -> tuple[int, int] | None:
+    """A move (from, to) that brings the busy slots closer together; None if they are neighbours already.
+
+    The memory of one slot is apart from the next one's, and the library computes only neighbouring slots
+    together: with a gap, the weights would be read once more at each step.
+    """
+    places = [i for i, is_busy in enumerate(busy) if is_busy]
+    if not places or places[-1] - places[0] + 1 == len(places):
+        return None
+    return places[-1], next(i for i in range(places[0], places[-1]) if not busy[i])
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -22,14 +22,13 @@ class _Frame(Message, frozen=True, gc=False):
 
 
 class Load(_Frame, frozen=True, gc=False, tag="load"):
-    """First frame: which model, and how to run it. `pool_tokens`: memory of all batched sequences together."""
+    """First frame: which model, and how to run it. `lanes`: deterministic jobs at a time."""
 
     paths: tuple[str, ...]
     context_length: int
     chat_template: str | None
     slots: int
     threads: int
-    pool_tokens: int
     lanes: int
 
 
