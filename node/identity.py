@@ -71,7 +71,7 @@ def _load(path: Path) -> Identity | None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise IdentityError(f"{path}: not a regular file; move it away and start again")
@@ -81,7 +81,9 @@ def _load(path: Path) -> Identity | None:
                 f"{path}: others may read this key (mode {mode:04o}). If nobody did: chmod 600 {path}. "
                 f"If somebody may have: move it away; a new identity is made at the next start"
             )
-        data = file.read(_MAX_FILE_BYTES + 1)
+        data = os.read(descriptor, _MAX_FILE_BYTES)
+    finally:
+        os.close(descriptor)
     match = _SEED_TEXT.match(data.decode("ascii", errors="replace"))
     if match is None:
         raise IdentityError(

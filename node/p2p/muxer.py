@@ -27,6 +27,10 @@ from node.p2p.noise import MAX_RECORD_BYTES, Channel
 from node.p2p.stream import Counters, Stream, UnreadBudget
 from protocol.ids import PeerId
 
+#: Messages up to this size (tokens, pings, calls) need not queue up with bulk for room in the send queue;
+#: they have another queue's length for themselves.
+_SMALL_BYTES: Final = 4 * 1024
+
 
 class Connection:
     """Streams to one peer. `run` does the work; `accept` is asked for each stream that the peer opens."""
@@ -104,8 +108,8 @@ class Connection:
         self.streams[stream_id] = stream
         self.counters.streams_opened += 1
         self.post(yamux.frame(yamux.WINDOW, yamux.SYN, stream_id, 0))
-        if opening and self.broken is None:
-            stream.send_nowait(opening)
+        if opening:
+            stream.send_opening(opening)
         self._check_open()
         return stream
 
@@ -152,11 +156,13 @@ class Connection:
         else:
             self._send_now(frame)
 
-    def has_room(self) -> bool:
+    def has_room(self, size: int) -> bool:
+        if size <= _SMALL_BYTES:
+            return self._queued_bytes < 2 * self._limits.send_queue_bytes
         return self._queued_bytes < self._limits.send_queue_bytes
 
-    async def wait_room(self) -> None:
-        if self.broken is None and not self.has_room():
+    async def wait_room(self, size: int) -> None:
+        if self.broken is None and not self.has_room(size):
             await self._room.park()
 
     def want_update(self, stream: Stream) -> None:
@@ -220,7 +226,7 @@ class Connection:
                 record = self._next_record()
                 if record:
                     self._send_now(record)
-                    if self.has_room():
+                    if self.has_room(MAX_RECORD_BYTES):
                         self._room.unpark_all()
                     if not self._flushing:
                         await trio.lowlevel.checkpoint()

@@ -60,8 +60,8 @@ class Mux(Protocol):
     counters: Counters
 
     def post(self, frame: bytes) -> None: ...
-    def has_room(self) -> bool: ...
-    async def wait_room(self) -> None: ...
+    def has_room(self, size: int) -> bool: ...
+    async def wait_room(self, size: int) -> None: ...
     def want_update(self, stream: Stream) -> None: ...
     def acknowledged(self, stream: Stream) -> None: ...
     def forget(self, stream: Stream) -> None: ...
@@ -137,7 +137,12 @@ class Stream:
         """
         self._check_sendable()
         size = len(data)
-        if size > self._send_window or size > MAX_BODY_BYTES or self._lock.locked() or not self._mux.has_room():
+        if (
+            size > self._send_window
+            or size > MAX_BODY_BYTES
+            or self._lock.locked()
+            or not self._mux.has_room(size)
+        ):
             return False
         self._send_window -= size
         self._mux.post(yamux.HEADER.pack(0, yamux.DATA, 0, self.stream_id, size) + data)
@@ -167,8 +172,8 @@ class Stream:
         try:
             while True:
                 self._check_sendable()
-                if not self._mux.has_room():
-                    await self._mux.wait_room()
+                if not self._mux.has_room(size):
+                    await self._mux.wait_room(size)
                 elif self._send_window <= 0:
                     await self._writers.park()
                 else:
@@ -256,6 +261,11 @@ class Stream:
         self._break("the stream was reset here", tell=True)
 
     # --- for the connection ---------------------------------------------------------------------
+
+    def send_opening(self, data: bytes) -> None:
+        """The first bytes of a stream that we open (at most one frame): they never wait."""
+        self._send_window -= len(data)
+        self._mux.post(yamux.HEADER.pack(0, yamux.DATA, 0, self.stream_id, len(data)) + data)
 
     def on_frame(self, flags: int) -> None:
         """ACK, FIN, RST of a frame for this stream (after its body)."""

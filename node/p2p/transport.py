@@ -72,9 +72,10 @@ class SocketTransport:
             raise ChannelBroken(_words(error)) from error
 
     async def wait_writable(self) -> None:
+        self._check_open()
         try:
             await trio.lowlevel.wait_writable(self._socket)
-        except (trio.ClosedResourceError, OSError, ValueError) as error:
+        except (trio.ClosedResourceError, OSError) as error:
             raise ChannelBroken("the connection was closed here") from error
 
     async def receive_some(self) -> bytes:
@@ -95,11 +96,17 @@ class SocketTransport:
     async def _wait_readable(self) -> None:
         if self._more_likely:
             await trio.lowlevel.checkpoint()
+        self._check_open()  # trio never forgets a task that waits for a closed socket's number, -1
+        if self._more_likely:
             return
         try:
             await trio.lowlevel.wait_readable(self._socket)
-        except (trio.ClosedResourceError, OSError, ValueError) as error:
+        except (trio.ClosedResourceError, OSError) as error:
             raise ChannelBroken("the connection was closed here") from error
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise ChannelBroken("the connection was closed here")
 
     def close(self) -> None:
         if self._open:
