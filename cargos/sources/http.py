@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
@@ -60,8 +61,9 @@ async def fetch_url(
     """
     target = _Target(url, _token_for(url, token), loopback)
     timeout = httpx.Timeout(settings.stall_timeout_s, connect=settings.connect_timeout_s)
-    # A proxy of the environment has no business between this machine and itself.
-    async with httpx.AsyncClient(timeout=timeout, trust_env=not loopback) as client:
+    # SSL_CERT_FILE holds everywhere, but a proxy has no business between this machine and itself.
+    trust = httpx.create_ssl_context()
+    async with httpx.AsyncClient(timeout=timeout, verify=trust, trust_env=not loopback) as client:
         failures = 0
         while True:
             before = part.offset
@@ -96,9 +98,7 @@ async def _download(
             with trio.CancelScope(shield=True):  # closing a socket does not wait for the peer
                 await response.aclose()
     except httpx.TransportError as error:
-        raise _Interrupted(
-            f"{type(error).__name__}: {excerpt(str(error)) or 'the connection broke'}"
-        ) from error
+        raise _explain(error) from error
     except httpx.InvalidURL as error:
         raise SourceFailed(f"not a URL: {excerpt(str(error))}") from error
 
@@ -190,6 +190,21 @@ class _Speedometer:
         if self._bytes < self._settings.min_rate_bytes_s * elapsed:
             raise _Interrupted(f"slower than {self._settings.min_rate_bytes_s} bytes/s")
         self._start, self._bytes = trio.current_time(), 0
+
+
+def _explain(error: httpx.TransportError) -> Exception:
+    """What broke, in the words of whoever has some: httpx often wraps an error without its text."""
+    words = ""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, ssl.SSLCertVerificationError):
+            return SourceFailed(
+                f"the server's certificate is not trusted: {excerpt(link.verify_message)}",
+                "If your network has certificates of its own, name their file in SSL_CERT_FILE.",
+            )
+        words = words or str(link)
+        link = link.__cause__ or link.__context__
+    return _Interrupted(f"{type(error).__name__}: {excerpt(words) or 'the connection broke'}")
 
 
 def _token_for(url: str, token: str | None) -> str | None:

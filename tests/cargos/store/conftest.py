@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import re
+import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import IPv4Address
 from pathlib import Path
 
+import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from cargos.manifest import CargoFile, Licence, Manifest, Needs, RuntimeType
 from cargos.progress import FetchProgress
@@ -105,23 +114,25 @@ class FileServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
+        super().__init__((host, 0), Handler)
+        self.scheme = "http" if tls is None else "https"
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
         self.lock = threading.Lock()
         self.files: dict[str, Served] = {}
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        return f"{self.scheme}://{self.server_address[0]}:{self.server_address[1]}"
 
     def serve(self, path: str, data: bytes, **behaviour: object) -> Served:
         self.files[path] = served = Served(data, **behaviour)  # type: ignore[arg-type]
         return served
 
 
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    server = FileServer()
+@contextmanager
+def running(server: FileServer) -> Iterator[FileServer]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     yield server
@@ -130,6 +141,48 @@ def server() -> Iterator[FileServer]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with running(FileServer()) as server:
+        yield server
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """One that speaks https, with a certificate that SSL_CERT_FILE makes known."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = dt.datetime.now(dt.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = certificate.public_bytes(serialization.Encoding.PEM)
+    (tmp_path / "ca.pem").write_bytes(pem)
+    form = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (tmp_path / "key.pem").write_bytes(pem + key.private_bytes(serialization.Encoding.PEM, *form))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "key.pem")
+    with running(FileServer(tls=tls)) as server:
+        yield server
+
+
+@pytest.fixture
+def lan_server() -> Iterator[FileServer]:
+    """One that is reached by an address of this machine's network card: to the client, another machine."""
+    addresses = [
+        a.address for card in psutil.net_if_addrs().values() for a in card if a.family == socket.AF_INET
+    ]
+    lan = [address for address in addresses if not address.startswith("127.")]
+    if not lan:
+        pytest.skip("this machine has no network card")
+    with running(FileServer(lan[0])) as server:
+        yield server
 
 
 @pytest.fixture

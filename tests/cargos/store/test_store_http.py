@@ -90,6 +90,20 @@ async def test_a_bad_leftover_is_thrown_away_and_the_file_fetched_anew(server, s
     assert [r.get("range") for r in served.requests] == [f"bytes={MIB}-", None]
 
 
+async def test_a_leftover_and_a_source_of_wrong_content_end_in_an_error(
+    server, store, cargo, blob, base, leftovers
+):
+    data = blob(2 * MIB, 1)
+    served = server.serve("/m", blob(2 * MIB, 2))
+    manifest = cargo(("m", data, [f"{server.url}/m"]))
+    (store.root / "parts").mkdir(parents=True)
+    (store.root / "parts" / f"{manifest.files[0].sha256}.part").write_bytes(data[:MIB])
+    with trio.fail_after(20), pytest.raises(FetchFailed, match="wrong content"):
+        await store.ensure(manifest, base=base)
+    assert len(served.requests) == 2
+    assert leftovers() == []
+
+
 @pytest.mark.parametrize("leftover", [2 * MIB, 2 * MIB + 5])
 async def test_a_leftover_as_long_as_the_file_or_longer(server, store, cargo, blob, base, leftover):
     data = blob(2 * MIB)
@@ -229,6 +243,40 @@ async def test_redirects_are_followed_within_bounds(server, store, cargo, blob, 
     server.serve("/ftp", b"", redirect="ftp://127.0.0.1/m")
     with pytest.raises(FetchFailed, match="redirected to ftp:"):
         await store.ensure(cargo(("m", other, [f"{server.url}/ftp"])), base=base)
+
+
+async def test_https_with_the_certificates_of_the_environment(tls_server, store, cargo, blob, base):
+    data = blob(MIB)
+    tls_server.serve("/m", data, cuts=[300_000])
+    paths = await store.ensure(cargo(("m", data, [f"{tls_server.url}/m"])), base=base)
+    assert paths["m"].read_bytes() == data
+
+
+async def test_an_unknown_certificate_is_refused(tls_server, store, cargo, blob, base, monkeypatch):
+    monkeypatch.delenv("SSL_CERT_FILE")
+    served = tls_server.serve("/m", blob(10))
+    with pytest.raises(FetchFailed, match=r"certificate is not trusted: .*\n.*SSL_CERT_FILE"):
+        await store.ensure(cargo(("m", blob(10), [f"{tls_server.url}/m"])), base=base)
+    assert served.requests == []
+
+
+async def test_https_never_ends_in_http(tls_server, server, store, cargo, blob, base):
+    plain = server.serve("/m", blob(10))
+    tls_server.serve("/m", b"", redirect=f"{server.url}/m")
+    with pytest.raises(FetchFailed, match="redirected to http:"):
+        await store.ensure(cargo(("m", blob(10), [f"{tls_server.url}/m"])), base=base)
+    assert plain.requests == []
+
+
+async def test_a_server_elsewhere_can_not_send_us_to_local_ones(lan_server, server, store, cargo, blob):
+    """And a token does not travel to it in the clear."""
+    local = server.serve("/m", blob(10))
+    far = lan_server.serve("/o/r/resolve/v1/m", b"", redirect=f"{server.url}/m")
+    hub = FetchSettings(hub_endpoint=lan_server.url, hub_token="hf_secret")
+    with pytest.raises(FetchFailed, match="redirected to this machine"):
+        await CargoStore(store.root, hub).ensure(cargo(("m", blob(10), ["hf:o/r@v1/m"])))
+    assert local.requests == []
+    assert "authorization" not in far.requests[0]
 
 
 async def test_a_manifest_from_elsewhere_may_not_knock_at_local_servers(server, store, cargo, blob):
