@@ -6,7 +6,7 @@ comes from the network is decoded here and never trusted to be what it should.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, TypeAlias
 
@@ -146,6 +146,7 @@ class ChatClient:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        answering = False
         try:
             async with (
                 self._open() as client,
@@ -154,10 +155,17 @@ class ChatClient:
                 if response.status_code != 200:
                     refusal = await _bounded_body(response)
                     raise ChatFailed(self._refusal_untrusted(response.status_code, refusal))
+                answering = True
                 yield Answering(response.headers.get("x-archipelag-island", ""))
-                async for event in _events_untrusted(response):
-                    yield event
+                reader = EventReader()
+                async for data in response.aiter_bytes():
+                    for event in reader.feed_untrusted(data):
+                        yield event
+                if not reader.done:
+                    raise ChatFailed("the connection ended in the middle of the answer")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
+            if answering:
+                raise ChatFailed(f"the connection broke in the middle of the answer: {error}") from error
             raise ChatFailed(self._unreachable(error)) from error
 
     def _unreachable(self, error: Exception) -> str:
@@ -183,38 +191,33 @@ async def _bounded_body(response: httpx.Response) -> bytes:
     return body
 
 
-async def _lines_untrusted(response: httpx.Response) -> AsyncIterator[bytes]:
-    buffer = bytearray()
-    async for chunk in response.aiter_bytes():
-        buffer += chunk
-        *lines, rest = buffer.split(b"\n")
+class EventReader:
+    """Server-sent events (WHATWG HTML, 9.2), as far as OpenAI's API uses them."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._finish = ""
+        self._usage = _Usage()
+        self.done = False
+
+    def feed_untrusted(self, data: bytes) -> Iterator[ChatEvent]:
+        """Events that are complete now. Raises ChatFailed."""
+        self._buffer += data
+        *lines, self._buffer = self._buffer.split(b"\n")
         for line in lines:
-            yield bytes(line).removesuffix(b"\r")
-        buffer = rest
-        if len(buffer) > MAX_LINE_BYTES:
+            yield from self._line_untrusted(bytes(line).removesuffix(b"\r"))
+        if len(self._buffer) > MAX_LINE_BYTES:
             raise ChatFailed(f"a line of the answer exceeds {MAX_LINE_BYTES} bytes")
 
-
-async def _events_untrusted(response: httpx.Response) -> AsyncIterator[ChatEvent]:
-    """Server-sent events (WHATWG HTML, 9.2), as far as OpenAI's API uses them."""
-    finish = ""
-    usage = _Usage()
-    async for line in _lines_untrusted(response):
+    def _line_untrusted(self, line: bytes) -> Iterator[ChatEvent]:
         if line.startswith(b": hand-over "):
             yield HandedOver(line.partition(b"island=")[2].decode("ascii", "replace"))
-        if not line.startswith(b"data:"):
-            continue
+        if self.done or not line.startswith(b"data:"):
+            return
         data = line[5:].strip()
         if data == b"[DONE]":
-            own = usage.archipelag
-            yield Closed(
-                finish,
-                usage.completion_tokens,
-                own.tokens_per_second,
-                own.hand_overs,
-                own.island or "",
-                own.ttft_ms,
-            )
+            self.done = True
+            yield self._closed()
             return
         try:
             chunk = _CHUNK.decode(data)
@@ -222,9 +225,19 @@ async def _events_untrusted(response: httpx.Response) -> AsyncIterator[ChatEvent
             raise ChatFailed(f"the server sent something else than a chunk: {error}") from error
         if chunk.error is not None:
             raise ChatFailed(chunk.error.message)
-        usage = chunk.usage or usage
+        self._usage = chunk.usage or self._usage
         for choice in chunk.choices:
-            finish = choice.finish_reason or finish
+            self._finish = choice.finish_reason or self._finish
             if choice.delta.content:
                 yield Text(choice.delta.content)
-    raise ChatFailed("the connection ended in the middle of the answer")
+
+    def _closed(self) -> Closed:
+        own = self._usage.archipelag
+        return Closed(
+            self._finish,
+            self._usage.completion_tokens,
+            own.tokens_per_second,
+            own.hand_overs,
+            own.island or "",
+            own.ttft_ms,
+        )

@@ -68,9 +68,6 @@ class KeyRing:
                 "or set open = true to let anybody in"
             )
 
-    def __len__(self) -> int:
-        return len(self._by_hash)
-
     @classmethod
     def from_config(cls, entries: Iterable[Mapping[str, object]], *, open_to_all: bool = False) -> KeyRing:
         """From tables of `name`, `key` or `sha256`, and `requests_per_minute`. Raises KeyConfigError."""

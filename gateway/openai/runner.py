@@ -101,9 +101,11 @@ class Runner:
     async def _choice(self, run: ChoiceRun, sink: Sink, scope: trio.CancelScope) -> None:
         work = self._plan.works[run.index]
         with self._metrics.jobs_in_flight.track_inprogress():
-            async with self._service.run(self._plan.model, work, deadline_ns=self._plan.deadline_ns) as job:
-                async with _closed_in_the_end(aiter(job)) as events:
-                    failed = await self._events(run, events, sink)
+            async with (
+                self._service.run(self._plan.model, work, deadline_ns=self._plan.deadline_ns) as job,
+                _closed_in_the_end(aiter(job)) as events,
+            ):
+                failed = await self._events(run, events, sink)
         self._running -= 1
         if failed or self._running == 0:
             scope.cancel()
@@ -160,7 +162,7 @@ class Runner:
 
 @asynccontextmanager
 async def _closed_in_the_end(events: AsyncIterator[JobEvent]) -> AsyncGenerator[AsyncIterator[JobEvent]]:
-    """Closes them if they come from a generator: one that is left in the middle must not wait for the collector."""
+    """A generator that is left in the middle must not wait for the collector."""
     try:
         yield events
     finally:
