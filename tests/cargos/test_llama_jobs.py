@@ -82,11 +82,11 @@ async def test_length_and_ignore_eos(runtime, ask, chat):
     assert (longer.finished.finish, len(longer.ids)) == ("length", 12)
 
 
-async def test_the_context_length_ends_an_answer(runtime, ask, chat):
-    work = chat("Count. " * 120, max_tokens=None, ignore_eos=True)
-    answer = await ask(runtime, work)
-    assert answer.finished.finish == "length"
-    assert answer.finished.usage.prompt_tokens + len(answer.ids) == 512
+async def test_the_context_length_ends_an_answer(llama_spec, ask, chat):
+    async with open_llama(llama_spec(context_length=64)) as runtime:
+        answer = await ask(runtime, chat("Count.", max_tokens=None, ignore_eos=True))
+        assert answer.finished.finish == "length"
+        assert answer.finished.usage.prompt_tokens + len(answer.ids) == 64
 
 
 async def test_seeds(runtime, ask, chat):
@@ -164,25 +164,26 @@ async def test_a_constrained_job_resumes(runtime, ask, chat):
         assert rest.finished.output_hash == whole.finished.output_hash
 
 
-@pytest.mark.parametrize(
-    ("change", "code", "words"),
-    [
-        ({"prompt": TokenPrompt((5, 10**6))}, "invalid", "prompt"),
-        ({"prompt": TextPrompt("")}, "invalid", "empty"),
-        ({"prompt": TokenPrompt(tuple([5] * 512))}, "too-long", "512 tokens"),
-        ({"prompt": TextPrompt("hello " * 200_000)}, "too-long", "context length of 512"),
-        ({"sampling": Sampling(seed=1, logit_bias=((10**6, 1.0),))}, "invalid", "logit_bias"),
-        ({"constraint": Constraint("gbnf", "root ::= nowhere")}, "invalid", "does not parse"),
-        ({"constraint": Constraint("gbnf", 'root ::= root "a"')}, "invalid", "left-recursive"),
-        ({"constraint": Constraint("gbnf", 'start ::= "a"')}, "invalid", "root"),
-        ({"constraint": Constraint("json_schema", "{")}, "invalid", "not JSON"),
-    ],
-)
-async def test_what_is_invalid_is_refused_and_the_runtime_goes_on(runtime, ask, chat, change, code, words):
-    with pytest.raises(JobRefused) as caught:
-        await ask(runtime, msgspec.structs.replace(chat("x"), **change))
-    assert caught.value.code == code
-    assert words in caught.value.detail
+REFUSED = [
+    ({"prompt": TokenPrompt((5, 10**6))}, "invalid", "prompt"),
+    ({"prompt": TextPrompt("")}, "invalid", "empty"),
+    ({"prompt": TokenPrompt(tuple([5] * 512))}, "too-long", "512 tokens"),
+    ({"prompt": TextPrompt("hello " * 200_000)}, "too-long", "context length of 512"),
+    ({"sampling": Sampling(seed=1, logit_bias=((10**6, 1.0),))}, "invalid", "logit_bias"),
+    ({"constraint": Constraint("gbnf", "root ::= nowhere")}, "invalid", "does not parse"),
+    ({"constraint": Constraint("gbnf", 'root ::= root "a"')}, "invalid", "left-recursive"),
+    ({"constraint": Constraint("gbnf", 'start ::= "a"')}, "invalid", "root"),
+    ({"constraint": Constraint("gbnf", "root ::= " + "(" * 1000 + '"a"' + ")" * 1001)}, "invalid", "parse"),
+    ({"constraint": Constraint("json_schema", "{")}, "invalid", "not JSON"),
+]
+
+
+async def test_what_is_invalid_is_refused_and_the_runtime_goes_on(runtime, ask, chat):
+    for change, code, words in REFUSED:
+        with pytest.raises(JobRefused) as caught:
+            await ask(runtime, msgspec.structs.replace(chat("x"), **change))
+        assert caught.value.code == code
+        assert words in caught.value.detail
     assert (await ask(runtime, chat(CAPITAL, max_tokens=1))).finished.finish == "length"
     assert runtime.load().restarts == 0
 
@@ -210,7 +211,7 @@ async def test_a_job_that_had_ended_ends_at_once(runtime, ask, chat):
 async def test_text_of_a_resumed_job_joins_on(runtime, ask, chat):
     work = chat("Write three emojis and a French sentence.", max_tokens=30, stop=("zzz", "é une"))
     whole = await ask(runtime, work)
-    for cut in range(1, len(whole.ids), 4):
+    for cut in range(1, len(whole.ids), 7):
         rest = await ask(runtime, work, resume=whole.ids[:cut])
         if rest.ids == whole.ids[cut:]:
             assert [t.text for t in rest.tokens] == [t.text for t in whole.tokens[cut:]]
@@ -295,7 +296,7 @@ async def test_answers_do_not_depend_on_slots_and_neighbours(llama_spec, ask, ch
 
 
 async def test_a_template_of_the_cargo_overrides_the_models(llama_spec, ask, chat):
-    template = "{% for m in messages %}{{ m.content }}{% endfor %} One, two,"
+    template = "One, two, three,"
     async with open_llama(llama_spec(chat_template=template)) as runtime:
-        answer = await ask(runtime, chat("Count:", max_tokens=6))
-        assert "three" in answer.text
+        answer = await ask(runtime, chat("?", max_tokens=6))
+        assert "four" in answer.text

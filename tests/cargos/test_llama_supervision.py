@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import trio
+import trio.testing
 
 from cargos.runtimes.base import Finished, JobRefused, Progress, RuntimeFailed, RuntimeSpec, Tokens
 from cargos.runtimes.llama import open_llama
@@ -18,6 +19,11 @@ from cargos.runtimes.llama.runtime import LlamaOptions, model_paths
 
 OPTIONS = LlamaOptions(silence_s=2.0)
 ROOT = Path(__file__).resolve().parents[2]
+
+
+async def to_the_end(session) -> None:
+    while not isinstance(await session.receive(), Finished):
+        pass
 
 
 @pytest.mark.model
@@ -119,7 +125,8 @@ trio.run(main)
         worker = psutil.Process(int(line))
         parent.kill()
         await parent.wait()
-        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        # Nothing wakes us when somebody else's child ends.
+        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:  # noqa: ASYNC110  (see above)
             await trio.sleep(0.02)
     await parent.stdout.aclose()
 
@@ -158,14 +165,13 @@ async def test_a_worker_that_dies_again_and_again_is_given_up(llama_spec, chat):
             async with runtime.session(chat("Hi"), granted=0) as session:
                 for _ in range(2):
                     await runtime.ready()
-                    while not (pid := runtime.worker_pid) or runtime.load().state != "ready":
+                    while not (pid := runtime.worker_pid) or runtime.load().state != "ready":  # noqa: ASYNC110  (all there is to watch)
                         await trio.sleep(0.01)
                     os.kill(pid, signal.SIGKILL)
-                    while runtime.worker_pid == pid:
+                    while runtime.worker_pid == pid:  # noqa: ASYNC110  (as above)
                         await trio.sleep(0.01)
                 with pytest.raises(RuntimeFailed, match="died 2 times"):
-                    while True:
-                        await session.receive()
+                    await to_the_end(session)
         assert runtime.load().state == "failed"
 
 
@@ -197,8 +203,7 @@ async def test_a_job_that_kills_workers_is_found_and_the_others_are_answered(
                 await trio.testing.wait_all_tasks_blocked()
                 async with runtime.session(poison, granted=9) as session:
                     with pytest.raises(RuntimeFailed, match="each time"):
-                        while True:
-                            await session.receive()
+                        await to_the_end(session)
         assert [a.text for a in answers] == ["The capital of France is Paris."] * 3
         assert (await ask(runtime, chat("Hi", max_tokens=1))).finished is not None
 

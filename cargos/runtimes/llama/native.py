@@ -205,7 +205,7 @@ class Context:
         params.n_threads_batch = threads
         params.no_perf = True
         params.flash_attn_type = (
-            _c.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else _c.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            _c.LLAMA_FLASH_ATTN_TYPE_AUTO if flash_attention else _c.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         self._ctx = _c.llama_init_from_model(model.handle, params)
         if not self._ctx:
