@@ -18,12 +18,11 @@ check: setup  ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@# libp2p depends on trio_typing, whose old trio-stubs would hide trio's own types from pyright.
-	@mkdir -p typings && ln -sfn "$$($(BIN)/python -c 'import os, trio; print(os.path.dirname(trio.__file__))')" typings/trio
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 
 bench: setup  ## every benchmark; results and how to read them: docs/benchmarks.md
-	@$(BIN)/python -m bench $(ARGS)
+	@$(BIN)/python -m bench $(or $(ARGS),all)
 
 lock: setup  ## renew the locked dependencies
 	@$(BIN)/python native/lock.py

@@ -3,9 +3,9 @@
     python -m bench overhead [--rounds N]
 
 Four ways to the same model, one thread each, interleaved in one run with the same prompts: llama.cpp's own
-server called directly; LiteLLM's proxy in front of that server; our gateway in front of an Island; and our engine
-called directly in its own process, without HTTP, gateway or mesh (the floor for ours). Overheads are differences
-of medians over the rounds: proxy minus its own backend, like with like.
+server called directly; LiteLLM's proxy in front of that server; our gateway in front of an Island; and our
+engine called directly in its own process, without HTTP, gateway or mesh (the floor for ours). Overheads are
+differences of medians over the rounds: proxy minus its own backend, like with like.
 """
 
 from __future__ import annotations

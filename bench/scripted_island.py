@@ -20,9 +20,9 @@ import trio
 
 from cargos.manifest import RuntimeType
 from cargos.runtimes.base import Finished, RuntimeEvent, RuntimeLoad, RuntimeSpec, Tokens
-from node.config import NetworkSettings, NodeSettings
+from node.config import LogSettings, NetworkSettings, NodeSettings
 from node.island import Island, IslandState
-from node.logs import set_up_logs
+from node.runner import run_program
 from protocol.jobs import Token, Usage
 from protocol.work import Work
 from routing.supervision import token_hash
@@ -116,7 +116,6 @@ async def run(coordinator: str, rate: float, name: str) -> None:
             cargos=(str(write_manifest(folder)),),
             network=NetworkSettings(coordinators=(coordinator,)),
         )
-        set_up_logs(settings.log)
 
         @asynccontextmanager
         async def open_script(_: RuntimeSpec) -> AsyncGenerator[ScriptedRuntime]:
@@ -134,11 +133,9 @@ def main() -> int:
     parser.add_argument("--tokens-per-s", type=float, default=0.0)
     parser.add_argument("--name", default="script")
     arguments = parser.parse_args()
-    try:
-        trio.run(run, arguments.coordinator, arguments.tokens_per_s, arguments.name)
-    except* KeyboardInterrupt:
-        return 130
-    return 0
+    return run_program(
+        lambda: run(arguments.coordinator, arguments.tokens_per_s, arguments.name), logs=LogSettings()
+    )
 
 
 if __name__ == "__main__":

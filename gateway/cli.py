@@ -10,7 +10,7 @@ from gateway.keys import KeyConfigError, hash_of_key, new_key
 from gateway.server import GatewayReady, run_gateway
 from node.identity import IdentityError
 from node.island import VERSION
-from node.p2p import Unreachable
+from node.p2p.errors import ListenFailed
 from node.runner import add_settings_flags, guarded, run_program, settings_from
 
 _SHORTCUTS = (
@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return run_program(
         gateway,
         logs=settings.log,
-        expected=(KeyConfigError, IdentityError, Unreachable, OSError),
+        expected=(KeyConfigError, IdentityError, ListenFailed, OSError),
         until_stdin_closes=arguments.until_stdin_closes,
     )
 

@@ -16,7 +16,7 @@ from node.control import NotRunning, ask_status
 from node.doctor import examine, show_findings
 from node.identity import IdentityError, load_or_create_identity
 from node.island import VERSION, Island, IslandState
-from node.p2p import Unreachable
+from node.p2p.errors import ListenFailed
 from node.runner import add_settings_flags, guarded, run_program, settings_from
 from node.status import show_status
 
@@ -93,7 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return run_program(
         island,
         logs=settings.log,
-        expected=(IdentityError, CargoError, Unreachable, OSError),
+        expected=(IdentityError, CargoError, ListenFailed, OSError),
         until_stdin_closes=arguments.until_stdin_closes,
     )
 

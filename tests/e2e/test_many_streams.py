@@ -33,7 +33,7 @@ async def stream(host: str, port: int, key: str, tokens: int, delay_s: float = 0
         }
     )
     request = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
     )
     connection = await trio.open_tcp_stream(host, port)

@@ -1,0 +1,38 @@
+"""`python -m bench [NAME]`: run one benchmark, or all of them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "kept_stream": "RPC echo on a kept stream against raw TCP; opening a stream; bulk",
+    "gateway_stream": "streamed chunks/s of the HTTP side against bare hypercorn-trio",
+    "mesh_stream": "streamed chunks/s of gateway + scripted Islands against bare hypercorn-trio",
+    "engine": "an Island's tokens/s at 1, 4, 8 streams against bare llama.cpp",
+    "overhead": "what gateway and mesh add to an answer, beside what LiteLLM adds",
+    "continuation": "how often a continuation equals the undisturbed run",
+}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] in {"-h", "--help"}:
+        print("usage: python -m bench NAME [OPTIONS] | all\n")
+        for name, text in BENCHMARKS.items():
+            print(f"  {name:<16}{text}")
+        return 0 if len(sys.argv) > 1 else 2
+    names = list(BENCHMARKS) if sys.argv[1] == "all" else [sys.argv[1]]
+    arguments = sys.argv[2:]
+    for name in names:
+        if name not in BENCHMARKS:
+            print(f"there is no benchmark {name!r}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
+            return 2
+        code = importlib.import_module(f"bench.{name}").main(arguments)
+        if code:
+            return int(code)
+        print(flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
