@@ -7,6 +7,7 @@ instead. The pieces below them are libp2p's: TCP, multistream-select, noise, yam
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -415,6 +416,8 @@ def _explain(error: OSError) -> str:
     """The system's words; trio reports several attempts as a group that caused a plain OSError."""
     causes = [leaf for leaf in _leaves(error.__cause__ or error) if isinstance(leaf, OSError)]
     first = causes[0] if causes else error
+    if first.errno is not None and first.errno > 0:
+        return os.strerror(first.errno).lower()  # trio repeats the address in `strerror`
     return (first.strerror or str(first) or type(first).__name__).lower()
 
 

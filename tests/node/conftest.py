@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
@@ -149,6 +149,18 @@ async def mux() -> AsyncGenerator[Mux]:
     async with trio.open_nursery() as nursery:
         yield Mux(nursery)
         nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], object]], Awaitable[None]]:
+    """`await until(lambda: condition)`: for what has no event to wait for. Fails after 30 s."""
+
+    async def wait(condition: Callable[[], object]) -> None:
+        with trio.fail_after(30):
+            while not condition():  # noqa: ASYNC110 - there is no event
+                await trio.sleep(0.005)
+
+    return wait
 
 
 @pytest.fixture

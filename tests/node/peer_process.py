@@ -1,4 +1,4 @@
-"""A peer for the tests, in a process of its own: echoes streams and calls. Arguments: seed, port, address to keep."""
+"""A peer for the tests, in a process of its own. Arguments: seed, port, address to keep (or empty)."""
 
 from __future__ import annotations
 

@@ -308,11 +308,11 @@ async def test_a_stream_opened_behind_full_queues_is_not_lost(mux) -> None:
 
 async def test_small_messages_pass_where_bulk_waits_for_room(mux) -> None:
     left, _ = await mux.streams()
-    other = await left._mux.open_stream()
+    other, bulk = await left._mux.open_stream(), await left._mux.open_stream()
     left._mux._channel.stalled = True
     async with trio.open_nursery() as nursery:
-        for _ in range(8):
-            nursery.start_soon(left.send_all, bytes(100_000))
+        for stream in (left, bulk):
+            nursery.start_soon(stream.send_all, bytes(WINDOW_BYTES))
         await blocked()
         assert other.send_nowait(b"token")
         assert not other.send_nowait(bytes(60_000))
