@@ -69,15 +69,15 @@ class Program:
                     break
         pytest.fail("the line did not come; the program said:\n" + "\n".join(self.lines[-40:]))
 
-    def signal(self, number: int) -> None:
+    def strike(self, number: int) -> None:
         os.kill(self.pid, number)
 
     def stop(self, number: int = signal.SIGINT, timeout_s: float = 20) -> int:
         """End it and return its exit code; a program that does not end by itself fails the test."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                self.signal(signal.SIGCONT)
-                self.signal(number)
+                self.strike(signal.SIGCONT)
+                self.strike(number)
         try:
             code = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -90,7 +90,7 @@ class Program:
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            self.signal(signal.SIGKILL)
+            self.strike(signal.SIGKILL)
         self.process.wait()
         self._close()
 

@@ -110,7 +110,7 @@ def test_thirty_deaths_cost_no_token(
         ) -> None:
             if len(answer.pieces) >= moment and not struck:
                 struck.append(answer.island)
-                mesh.islands[answer.island].signal(number)
+                mesh.islands[answer.island].strike(number)
 
         disturbed = ask(mesh, prompt, seed, at=strike)
         label = f"repetition {repetition}: {signal.Signals(number).name} at piece {moment}"
@@ -126,7 +126,7 @@ def test_thirty_deaths_cost_no_token(
             mesh.islands[victim].kill()
             mesh.start_island(victim)
         else:
-            mesh.islands[victim].signal(signal.SIGCONT)
+            mesh.islands[victim].strike(signal.SIGCONT)
         mesh.wait_ready(3)
     with capsys.disabled():
         for number, seen in gaps.items():
@@ -156,7 +156,7 @@ def test_agreement_under_a_batch_of_eight(
         def strike(answer: Answer) -> None:
             if strike_at is not None and len(answer.pieces) >= strike_at and not struck:
                 struck.append(answer.island)
-                mesh.islands[answer.island].signal(signal.SIGKILL)
+                mesh.islands[answer.island].strike(signal.SIGKILL)
 
         def one(index: int) -> None:
             at = strike if index == 0 else None
@@ -191,7 +191,7 @@ def test_all_islands_gone_is_an_openai_error_in_time(start_mesh: Callable[..., A
     def strike(answer: Answer) -> None:
         if not began:
             began.append(time.monotonic())
-            mesh.islands["coral"].signal(signal.SIGKILL)
+            mesh.islands["coral"].strike(signal.SIGKILL)
 
     answer = ask(mesh, "Tell me everything about the sea.", 1, at=strike)
     if answer.finish is None:  # it may have been done already
@@ -228,11 +228,11 @@ def test_a_dead_peer_is_noticed_within_five_seconds(start_mesh: Callable[..., An
     for name in ("coral", "atoll"):
         mesh.start_island(name)
     mesh.wait_ready(2)
-    mesh.islands["coral"].signal(signal.SIGSTOP)
+    mesh.islands["coral"].strike(signal.SIGSTOP)
     frozen = time.monotonic()
     mesh.wait_ready(1, timeout_s=30)
     seen = mesh.gateway.wait_line(lambda line: "island lost" in line)
     assert "coral" in seen
     assert time.monotonic() - frozen < 10  # 5 s by design; a loaded machine may add to it
-    mesh.islands["coral"].signal(signal.SIGCONT)
+    mesh.islands["coral"].strike(signal.SIGCONT)
     mesh.wait_ready(2)
