@@ -18,7 +18,7 @@ from gateway.openai.tool_calls import (
     RequiredReader,
 )
 from gateway.openai.tool_constraint import MAX_FORCED_CALLS, calls_schema
-from protocol.work import ChatPrompt
+from protocol.work import ChatPrompt, Constraint
 
 NAMES = frozenset({"get_weather", "add"})
 
@@ -361,12 +361,12 @@ def test_schema_of_forced_calls():
     assert schema["$defs"]["tool_1"] == {"type": "object"}
 
 
-def test_llama_cpp_makes_a_grammar_of_it():
-    from llama_cpp.llama_grammar import json_schema_to_gbnf
+def test_islands_make_a_grammar_of_it():
+    from cargos.runtimes.llama.grammar import gbnf_source
 
-    schema = calls_schema(
-        [("get_weather", json.dumps(WEATHER["function"]["parameters"])), ("add", "{}")], parallel=True
-    )
-    grammar = json_schema_to_gbnf(json.dumps(schema))
-    assert "get_weather" in grammar
-    assert "tool-0-place" in grammar.lower().replace("_", "-")
+    tools = [("get_weather", json.dumps(WEATHER["function"]["parameters"])), ("add", "{}")]
+    source = json.dumps(calls_schema(tools, parallel=True))
+    grammar = gbnf_source(Constraint("json_schema", source))
+    for part in ("get_weather", "add", "place"):
+        assert f'\\"{part}\\"' in grammar
+    assert "tool-0-place ::= string" in grammar
