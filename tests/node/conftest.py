@@ -1,4 +1,4 @@
-"""Helpers of the network's tests: hosts in this process, peers in others, channels under the test's control."""
+"""What the network's tests share: hosts here, peers in other processes, channels that a test controls."""
 
 from __future__ import annotations
 
