@@ -9,15 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from cargos.runtimes.base import JobRefused
 from cargos.runtimes.llama.grammar import gbnf_source
-from cargos.runtimes.llama.native import Grammar, Model, NativeError
+from cargos.runtimes.llama.native import Grammar, GrammarTooCostly, Model, NativeError
+from cargos.runtimes.llama.patience import Patience
 from cargos.runtimes.llama.template import CHATML, ChatTemplate
-from protocol.work import ChatPrompt, Generation, TextPrompt
+from protocol.work import ChatMessage, ChatPrompt, Generation, TextPrompt
 
 #: A text of more bytes than this per token of context can not fit, whatever it says. It spares tokenising
 #: megabytes only to count them; whole lines of spaces or dashes are single tokens in some vocabularies.
 _MIN_BOUND_BYTES_PER_TOKEN: Final = 16
+
+
+_INSTRUCTING: Final = frozenset({"system", "developer"})
 
 
 @dataclass(slots=True)
@@ -32,9 +38,20 @@ class Prepared:
 
 
 class Preparer:
-    """Raises TemplateFailed if the model's (or the Cargo's) template does not compile."""
+    """`system_prompt` is put before conversations that have none of their own.
 
-    def __init__(self, model: Model, context_length: int, chat_template: str | None) -> None:
+    Raises TemplateFailed if the model's (or the Cargo's) template does not compile.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        context_length: int,
+        chat_template: str | None,
+        system_prompt: str | None = None,
+    ) -> None:
+        self.patience: Final = Patience()
+        self._system = ChatMessage("system", system_prompt) if system_prompt else None
         self._model = model
         self._context_length = context_length
         self._max_bytes = context_length * max(model.max_piece_bytes, _MIN_BOUND_BYTES_PER_TOKEN)
@@ -47,8 +64,8 @@ class Preparer:
             control_texts=model.control_texts(),
         )
 
-    def prepare(self, work: Generation, resume: tuple[int, ...]) -> Prepared:
-        """Raises JobRefused."""
+    def prepare(self, key: int, work: Generation, resume: tuple[int, ...]) -> Prepared:
+        """Raises JobRefused. `patience` says when the constraint of job `key` takes too long."""
         self._check_ids(resume, "the tokens to resume from")
         self._check_ids(tuple(token for token, _ in work.sampling.logit_bias), "logit_bias")
         prompt = self._prompt(work)
@@ -67,11 +84,15 @@ class Preparer:
             raise JobRefused(
                 "invalid", f"{len(resume)} tokens to resume from, but at most {room} may be generated"
             )
-        return Prepared(work, prompt, list(resume), room, self._grammar(work, resume))
+        with self.patience.on(key):
+            grammar = self._grammar(work, resume)
+        return Prepared(work, prompt, list(resume), room, grammar)
 
     def _prompt(self, work: Generation) -> list[int]:
         prompt = work.prompt
         if isinstance(prompt, ChatPrompt):
+            if self._system is not None and not any(m.role in _INSTRUCTING for m in prompt.messages):
+                prompt = msgspec.structs.replace(prompt, messages=(self._system, *prompt.messages))
             tokens: list[int] = []
             for part in self._template.render(prompt, self._max_bytes):
                 tokens += self._tokenize(part, parse_special=True)
@@ -105,9 +126,18 @@ class Preparer:
             grammar = Grammar(self._model, gbnf_source(work.constraint))
         except NativeError as error:
             raise JobRefused("invalid", f"the constraint is not usable: {error}") from error
+        try:
+            self._follow(grammar, resume)
+        except JobRefused:
+            grammar.close()
+            raise
+        except GrammarTooCostly as error:
+            grammar.close()
+            raise JobRefused("invalid", str(error)) from error
+        return grammar
+
+    def _follow(self, grammar: Grammar, resume: tuple[int, ...]) -> None:
         for place, token in enumerate(resume):
             last = place == len(resume) - 1
             if not grammar.advance(token) and not (last and token in self._model.eog):
-                grammar.close()
                 raise JobRefused("invalid", f"token {place} of those to resume from breaks the constraint")
-        return grammar

@@ -85,6 +85,7 @@ class LlamaRuntime:
             model_paths(spec.files),
             spec.context_length,
             spec.chat_template,
+            spec.system_prompt,
             spec.slots,
             spec.threads,
             options.lanes,
@@ -204,7 +205,7 @@ class LlamaRuntime:
             if session is None:
                 continue  # cancelled; the worker had not read it yet
             session.on_update(update)
-            if update.done is not None:
+            if update.done is not None or update.failed:
                 self._left(update.id)
             elif update.tokens:
                 self._try_next(update.id)

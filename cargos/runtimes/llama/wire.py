@@ -27,6 +27,7 @@ class Load(_Frame, frozen=True, gc=False, tag="load"):
     paths: tuple[str, ...]
     context_length: int
     chat_template: str | None
+    system_prompt: str | None
     slots: int
     threads: int
     lanes: int
@@ -86,7 +87,10 @@ class Done(Part, frozen=True, gc=False):
 
 
 class Update(Part, frozen=True, gc=False, array_like=True):
-    """One sequence's share of a step: progress in its prompt, or tokens from index `first` on, or its end."""
+    """One sequence's share of a step: progress in its prompt, or tokens from index `first` on, or its end.
+
+    `failed`: it can not go on, and why.
+    """
 
     id: int
     first: int = 0
@@ -94,6 +98,7 @@ class Update(Part, frozen=True, gc=False, array_like=True):
     prompt_done: int = 0
     prompt_total: int = 0
     done: Done | None = None
+    failed: str = ""
 
 
 class Step(_Frame, frozen=True, gc=False, tag="step"):

@@ -107,7 +107,7 @@ class _Worker:
         self._to_prepare: queue.SimpleQueue[tuple[Submit, int]] = queue.SimpleQueue()
         self._expected: dict[int, int] = {}  # granted, by key of a job that is being prepared
         self._model = self._load_model()
-        self._preparer = Preparer(self._model, load.context_length, load.chat_template)
+        self._preparer = Preparer(self._model, load.context_length, load.chat_template, load.system_prompt)
         self._engine = Engine(self._model, load)
         self._said: tuple[int, int] = (0, 0)
 
@@ -128,6 +128,7 @@ class _Worker:
         gc.collect()
         gc.freeze()
         self._output.send(Ready(self._engine.decode.tps, self._engine.prefill.tps))
+        threading.Thread(target=self._watch, daemon=True).start()
         threading.Thread(target=self._prepare, daemon=True).start()
         threading.Thread(target=self._read, args=(commands, first), daemon=True).start()
 
@@ -146,13 +147,23 @@ class _Worker:
         elif isinstance(message, Grant | Cancel):
             self._inbox.put(message)
 
+    def _watch(self) -> NoReturn:
+        """End the process when a job's grammar holds a thread up for ever, and say which job it is."""
+        while True:
+            time.sleep(BEAT_INTERVAL_S)
+            for patience in (self._preparer.patience, self._engine.patience):
+                key = patience.overdue()
+                if key is not None:
+                    self._output.send(Refused(key, "invalid", "the constraint's grammar is too complex"))
+                    os._exit(EXIT_NATIVE)
+
     def _prepare(self) -> NoReturn:
         while True:
             message, now_ns = self._to_prepare.get()
             try:
                 sequence = Sequence(
                     message.id,
-                    self._preparer.prepare(message.work, message.resume),
+                    self._preparer.prepare(message.id, message.work, message.resume),
                     granted=message.granted,
                     piece=self._model.piece,
                     eog=self._model.eog,
