@@ -16,6 +16,7 @@ import trio.testing
 from cargos.runtimes.base import Finished, JobRefused, Progress, RuntimeFailed, RuntimeSpec, Tokens
 from cargos.runtimes.llama import open_llama
 from cargos.runtimes.llama.runtime import LlamaOptions, model_paths
+from protocol.work import Constraint
 
 OPTIONS = LlamaOptions(silence_s=2.0)
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,3 +215,33 @@ async def test_a_refusal_comes_while_others_work(llama_spec, ask, chat):
         nursery.start_soon(ask, runtime, chat("Story.", ignore_eos=True, max_tokens=60))
         with pytest.raises(JobRefused):
             await ask(runtime, chat("hello " * 2000))
+
+
+#: Grammars with ever more readings: at the first token, at a later one, and while they are parsed.
+_DOUBLING = "\n".join([f"r{i} ::= r{i + 1} | r{i + 1} r{i + 1}" for i in range(30)])
+HOSTILE_GRAMMARS = [
+    "root ::= " + '("a"? ' * 900 + ")" * 900,
+    'root ::= x*\nx ::= "a" y* | "a" x "b"\ny ::= "a" x | "a" y "c"',
+    f'root ::= r0\n{_DOUBLING}\nr30 ::= "a"',
+]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("grammar", HOSTILE_GRAMMARS)
+async def test_a_hostile_grammar_costs_others_a_pause_at_most(llama_spec, ask, chat, grammar):
+    async with open_llama(llama_spec(), LlamaOptions(silence_s=20)) as runtime:
+        await runtime.ready()
+        answers = []
+
+        async def innocent() -> None:
+            answers.append(await ask(runtime, chat("What is the capital of France?")))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(innocent)
+            work = chat("aaaa", constraint=Constraint("gbnf", grammar), max_tokens=60, ignore_eos=True)
+            try:
+                await ask(runtime, work)
+            except (JobRefused, RuntimeFailed) as error:
+                assert "grammar" in str(error)
+        assert answers[0].text == "The capital of France is Paris."
+        assert runtime.load().restarts <= 1

@@ -11,7 +11,8 @@ from collections import deque
 from typing import Final
 
 from cargos.runtimes.llama.lane import Lane
-from cargos.runtimes.llama.native import Context, Model
+from cargos.runtimes.llama.native import Context, GrammarTooCostly, Logits, Model
+from cargos.runtimes.llama.patience import Patience
 from cargos.runtimes.llama.schedule import (
     Candidate,
     Placement,
@@ -76,6 +77,7 @@ class Engine:
         self._queue: deque[Sequence] = deque()
         self._lane_queue: deque[Sequence] = deque()
         self._updates: list[Update] = []
+        self.patience: Final = Patience()
         self.decode = Speed()
         self.prefill = Speed()
 
@@ -246,12 +248,22 @@ class Engine:
             if index is None:
                 self._updates.append(sequence.prompt_update())
                 continue
-            sequence.advance(self._context.logits(index), time.monotonic_ns)
-            self._report(sequence)
-            if sequence.done is not None:
+            with self.patience.on(key):
+                ended = self._advance(sequence, self._context.logits(index))
+            if ended:
                 self._vacate(sequence)
                 sequence.close()
         self._measure(todo, time.monotonic_ns() - began_ns)
+
+    def _advance(self, sequence: Sequence, logits: Logits) -> bool:
+        """Make a token and report it. True if the sequence ended."""
+        try:
+            sequence.advance(logits, time.monotonic_ns)
+        except GrammarTooCostly as error:
+            self._updates.append(Update(sequence.key, failed=str(error)))
+            return True
+        self._report(sequence)
+        return sequence.done is not None
 
     def _measure(self, todo: Plan, duration_ns: int) -> None:
         if len(todo.shares) == 1 and todo.tokens == 1:
@@ -266,12 +278,14 @@ class Engine:
         worked = lane.step()
         if not worked:
             return False
-        if sequence.in_memory < len(sequence.tokens) and sequence.made == len(sequence.job.resume):
+        if lane.logits is not None:
+            with self.patience.on(sequence.key):
+                ended = self._advance(sequence, lane.logits)
+            if ended:
+                lane.release()
+                sequence.close()
+        elif sequence.made == len(sequence.job.resume):
             self._updates.append(sequence.prompt_update())
-        self._report(sequence)
-        if sequence.done is not None:
-            lane.release()
-            sequence.close()
         return True
 
     # --- start ----------------------------------------------------------------------------------

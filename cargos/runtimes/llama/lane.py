@@ -29,6 +29,7 @@ class Lane:
         self._threads = threads
         self._context: Context | None = None
         self.sequence: Sequence | None = None
+        self.logits: Logits | None = None
 
     def start(self, sequence: Sequence) -> None:
         if self._context is None:
@@ -46,6 +47,7 @@ class Lane:
 
     def release(self) -> None:
         self.sequence = None
+        self.logits = None
 
     def close(self) -> None:
         if self._context is not None:
@@ -55,8 +57,10 @@ class Lane:
     def step(self) -> int:
         """Work for a bounded time. Tokens processed: 0 if the sequence is paused or there is none.
 
-        The last computation before a new token is only done when that token may be made.
+        Stops with `logits` when the sequence is to make its next token, which is computed only when that
+        token may be made; without, when more steps must follow first.
         """
+        self.logits = None
         sequence = self.sequence
         if sequence is None or sequence.done is not None:
             return 0
@@ -72,8 +76,8 @@ class Lane:
             ends_prompt = sequence.in_memory + count >= prompt
             logits = self._run(sequence, count, wanted=ends_prompt)
             done += count
-            if makes_token and logits is not None:
-                sequence.advance(logits, time.monotonic_ns)
+            if makes_token:
+                self.logits = logits
                 return done
             if time.monotonic_ns() - began_ns > _REPLAY_STEP_NS or not ends_prompt:
                 return done

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias, cast
@@ -21,6 +22,12 @@ Logits: TypeAlias = NDArray[np.float32]
 
 #: Native log lines that are kept for error details. A failed load explains itself in under ten.
 _LOG_LINES: Final = 20
+
+#: Following a grammar over one token. A whole vocabulary takes JSON's 7 ms.
+_GRAMMAR_LIMIT_S: Final = 0.5
+
+#: Candidates between two looks at the clock.
+_GRAMMAR_CHUNK: Final = 256
 
 #: Longest value of a metadata key we read (chat templates reach some 30 KB).
 _MAX_META_BYTES: Final = 1 << 20
@@ -293,8 +300,15 @@ class Context:
         return self.cut(target, length)
 
 
+class GrammarTooCostly(Exception):
+    """A grammar so ambiguous that following it would hold up everybody else."""
+
+
 class Grammar:
-    """A GBNF grammar and how far it has been followed. Raises NativeError if it does not parse."""
+    """A GBNF grammar and how far it has been followed. Raises NativeError if it does not parse.
+
+    The other methods raise GrammarTooCostly.
+    """
 
     def __init__(self, model: Model, source: str) -> None:
         if not source.strip() or "\0" in source:
@@ -328,15 +342,25 @@ class Grammar:
         """Which of these may come next."""
         candidates = np.zeros(len(tokens), _CANDIDATE)
         candidates["id"] = tokens
-        self._apply(candidates)
+        deadline = time.monotonic() + _GRAMMAR_LIMIT_S
+        for start in range(0, len(candidates), _GRAMMAR_CHUNK):
+            self._apply(candidates[start : start + _GRAMMAR_CHUNK])
+            _check_time(deadline)
         return cast("NDArray[np.bool_]", candidates["logit"] == 0.0)
 
     def advance(self, token: int) -> bool:
         """Follow the grammar over this token. False (and nothing changes) if it may not come next."""
         if not self.admits(token):
             return False  # the library would throw across the C border and end the process
+        deadline = time.monotonic() + _GRAMMAR_LIMIT_S
         _c.llama_sampler_accept(self._sampler, token)
+        _check_time(deadline)  # its readings multiply at each token: this one was slow, the next is hopeless
         return True
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise GrammarTooCostly("the constraint's grammar is too ambiguous to follow in reasonable time")
 
 
 def last_words() -> str:

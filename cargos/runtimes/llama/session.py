@@ -112,7 +112,9 @@ class LlamaSession:
             self._progress = None
             self.crashes = 0
             self._wake()
-        if update.done is not None:
+        if update.failed:
+            self.on_error(JobRefused("invalid", update.failed))
+        elif update.done is not None:
             self._on_done(update.done)
         elif update.prompt_total and not update.tokens:
             self.on_progress(Progress("prompt", update.prompt_done, update.prompt_total))
@@ -127,7 +129,7 @@ class LlamaSession:
         if self.ended:
             return
         if isinstance(error, JobRefused) and len(self.ids) > self._resumed:
-            error = RuntimeFailed(f"the restarted worker refuses to go on: {error}")
+            error = RuntimeFailed(f"the job can not go on: {error.detail}")
         self.ended = True
         self._error = error
         self._progress = None

@@ -10,6 +10,7 @@ its output and its running time bounded.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -173,10 +174,8 @@ class ChatTemplate:
         text = text.replace(MARK, "\N{REPLACEMENT CHARACTER}")
         if self._control is None:
             return text
-        starts = [match.start() + 1 for match in self._control.finditer(text)]
-        for start in reversed(starts):
-            text = text[:start] + MARK + text[start:]
-        return text
+        borders = [0, *(match.start() + 1 for match in self._control.finditer(text)), len(text)]
+        return MARK.join(text[a:b] for a, b in itertools.pairwise(borders))
 
     def _defused(self, value: object) -> object:
         """JSON value with all its strings made plain. No deeper than json.loads went."""
