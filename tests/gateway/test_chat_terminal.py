@@ -61,7 +61,7 @@ class Terminal:
         self.process.send_signal(signal.SIGINT)
 
     def leave(self) -> int:
-        """Ctrl-C at the prompt; again if the first came before readline had begun to wait (it misses it then)."""
+        """Ctrl-C at the prompt; again if it came before readline had begun to wait (which misses it)."""
         for _ in range(25):
             self.ctrl_c()
             try:
