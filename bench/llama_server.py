@@ -92,7 +92,7 @@ def start_llama_server(model: Path, *, threads: int = 1, slots: int = 1) -> tupl
     return process, port
 
 
-def start_litellm(upstream_port: int, model: str) -> tuple[subprocess.Popen[bytes], int]:
+def start_litellm(upstream_port: int, model: str, key: str) -> tuple[subprocess.Popen[bytes], int]:
     """LiteLLM's proxy as its manual sets it up: one model, no database, no callbacks, one worker."""
     command, port = install_litellm(), free_port()
     config = CACHE / "litellm.yaml"
@@ -115,7 +115,12 @@ def start_litellm(upstream_port: int, model: str) -> tuple[subprocess.Popen[byte
         ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"},
+        env={
+            **os.environ,
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "LITELLM_LOG": "ERROR",
+            "LITELLM_MASTER_KEY": key,
+        },
     )
     wait_answer(f"http://127.0.0.1:{port}/health/liveliness", process)
     return process, port

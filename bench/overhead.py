@@ -15,9 +15,9 @@ import http.client
 import itertools
 import json
 import re
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,17 +68,20 @@ def request_body(prompt: str) -> bytes:
 
 
 class Http:
-    """One kept connection, read line by line: the client costs the same for each way."""
+    """One request on a fresh connection that was made beforehand: the client costs the same for each way."""
 
     def __init__(self, port: int, key: str) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        self._port = port
         self._headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
 
     def ask(self, prompt: str, seen: Seen | None) -> None:
         body = request_body(prompt)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
+        connection.connect()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         began = time.perf_counter()
-        self._connection.request("POST", "/v1/chat/completions", body, self._headers)
-        response = self._connection.getresponse()
+        connection.request("POST", "/v1/chat/completions", body, self._headers)
+        response = connection.getresponse()
         if response.status != 200:
             raise SystemExit(f"{response.status}: {response.read()[:500]!r}")
         arrivals: list[float] = []
@@ -87,6 +90,7 @@ class Http:
                 choices = json.loads(line[6:])["choices"]
                 if choices and choices[0]["delta"].get("content"):
                     arrivals.append(time.perf_counter())
+        connection.close()
         if seen is not None and len(arrivals) > 2:
             seen.add(began, arrivals)
 
@@ -125,13 +129,10 @@ async def measure(rounds: int) -> dict[str, Seen]:
     entry = resolve_cargo(MODEL)
     files = await CargoStore().ensure(entry.manifest)
     model = next(iter(files.values()))
-    server, server_port = start_llama_server(Path(model))
-    proxy, proxy_port = start_litellm(server_port, MODEL)
-    demo, demo_port = start_demo()
-    spec = RuntimeSpec(MODEL, {"model": str(model)}, 2048, slots=1)
-    ways = {"llama.cpp server": Http(server_port, "none"), "LiteLLM": Http(proxy_port, "none")}
-    ways["archipelag"] = Http(demo_port, KEY)
-    seen = {name: Seen() for name in (*ways, "our engine, no gateway")}
+    spec = RuntimeSpec(
+        MODEL, {"model.gguf": str(model)}, 2048, system_prompt=entry.manifest.defaults.system_prompt, slots=1
+    )
+    running: list[subprocess.Popen[bytes] | subprocess.Popen[str]] = []
     dice = Dice(7)
     words = [
         "harbour",
@@ -148,13 +149,23 @@ async def measure(rounds: int) -> dict[str, Seen]:
         "reef",
     ]
     try:
+        server, server_port = start_llama_server(Path(model))
+        running.append(server)
+        proxy, proxy_port = start_litellm(server_port, MODEL, KEY)
+        running.append(proxy)
+        demo, demo_port = start_demo()
+        running.append(demo)
+        ways = {"llama.cpp server": Http(server_port, "none"), "LiteLLM": Http(proxy_port, KEY)}
+        ways["archipelag"] = Http(demo_port, KEY)
+        seen = {name: Seen() for name in (*ways, "our engine, no gateway")}
         async with open_llama(spec) as runtime:
             await runtime.ready()
             for index in range(rounds + 3):
                 counted = index >= 3
-                prompt = f"Tell me about {' '.join(dice.sample(words, 6))} ({index})."
                 order = dice.sample(list(seen), len(seen))
                 for name in order:
+                    # Prompts of one length, but none twice: a server must not find it in its cache.
+                    prompt = f"{' '.join(dice.sample(words, 8))}? Tell me about {dice.choice(words)}."
                     target = seen[name] if counted else None
                     if name in ways:
                         await trio.to_thread.run_sync(ways[name].ask, prompt, target)
@@ -163,7 +174,7 @@ async def measure(rounds: int) -> dict[str, Seen]:
                 if counted and index % 10 == 0:
                     print(f"  round {index - 2} of {rounds}", flush=True)
     finally:
-        for process in (demo, proxy, server):
+        for process in reversed(running):
             process.terminate()
             process.wait(30)
     return seen
@@ -174,8 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=60)
     arguments = parser.parse_args(argv)
     header("gateway and mesh overhead")
-    with tempfile.TemporaryDirectory():
-        seen = trio.run(measure, arguments.rounds)
+    seen = trio.run(measure, arguments.rounds)
     row("milliseconds", "TTFT p50", "p99", "gap p50", "p99")
     for name, way in seen.items():
         cells = (median(way.ttft), percentile(way.ttft, 0.99), median(way.gaps), percentile(way.gaps, 0.99))
