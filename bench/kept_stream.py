@@ -193,7 +193,8 @@ def _report(samples: Samples, bulk_tcp: list[float], bulk_ours: list[float]) -> 
     print(f"client CPU per echo: TCP {cpu_tcp:.0f} us, kept stream {cpu_ours:.0f} us")
     tcp, ours = statistics.median(bulk_tcp), statistics.median(bulk_ours)
     print(
-        f"bulk, {BULK_BYTES >> 20} MiB: TCP {tcp:.0f} MB/s, kept stream {ours:.0f} MB/s (encrypted), ratio {ours / tcp:.2f}"
+        f"bulk, {BULK_BYTES >> 20} MiB: TCP {tcp:.0f} MB/s, "
+        f"kept stream {ours:.0f} MB/s (encrypted), ratio {ours / tcp:.2f}"
     )
 
 

@@ -111,6 +111,25 @@ async def test_both_dial_at_once_and_settle_on_one_stream() -> None:
                         )
 
 
+async def test_a_link_that_is_up_is_not_replaced_by_the_larger_peer() -> None:
+    smaller, larger = sorted((new_identity(), new_identity()), key=lambda identity: identity.peer)
+    async with open_host(smaller) as a, open_host(larger) as b:
+        async with peers_of(a, "a") as pa, peers_of(b, "b") as pb:
+            watch = Watch(pa)
+            pa.keep(b.addresses[0])
+            await watch.next(PeerUp)
+            link = pa._known[b.peer].link
+            with pytest.raises(CallFailed, match="busy"):
+                await pb._open_link(a.peer, a.addresses[0])
+            assert pa._known[b.peer].link is link
+            assert watch.events == []
+            # The smaller one's new stream does replace the larger one's.
+            assert await pa._open_link(b.peer, b.addresses[0]) is pa._known[b.peer].link
+            with trio.fail_after(PATIENCE_S):
+                await link.ended.wait()
+            assert watch.events == []
+
+
 async def test_a_peer_that_dies_and_comes_back(peer_process, until) -> None:
     identity = new_identity()
     async with open_host(new_identity()) as host, peers_of(host, "test") as peers:

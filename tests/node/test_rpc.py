@@ -175,8 +175,10 @@ async def test_a_deadline_ends_the_call_on_both_sides(nursery, autojump_clock) -
 async def test_the_callee_keeps_the_deadline_without_being_told(nursery, autojump_clock) -> None:
     raw = Raw(nursery)
     raw.methods.serve("hang", TEXT, _hang)
+    began = trio.current_time()
     await raw.frames.send(Request(1, "hang", 500, TEXT.encode(Text(""))))
     answer = await raw.frames.receive()
+    assert trio.current_time() - began == pytest.approx(0.5, abs=0.01)
     assert isinstance(answer, Refusal)
     assert answer.code == "deadline"
 
