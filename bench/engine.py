@@ -40,7 +40,7 @@ def bare(context: Context, prompts: list[list[int]], tokens: int) -> float:
     """Decoded tokens/s."""
     context.clear()
     n = len(prompts)
-    last = []
+    last: list[int] = []
     for i, prompt in enumerate(prompts):
         context.decode(prompt, range(len(prompt)), [i] * len(prompt), [len(prompt) - 1])
         last.append(int(context.logits(len(prompt) - 1).argmax()))
