@@ -65,10 +65,11 @@ async def answer(runtime: LlamaRuntime, work: Generation, resume: list[int]) -> 
 async def crowded(runtime: LlamaRuntime, dice: Dice, work: Generation, resume: list[int]) -> list[int]:
     """Answered while NEIGHBOURS other jobs run from before its start until after its end."""
     result: list[int] = []
+    fresh: list[int] = []
     async with trio.open_nursery() as nursery:
         for _ in range(NEIGHBOURS):
             endless = msgspec.structs.replace(job(dice, 1.0, 1900), ignore_eos=True)
-            nursery.start_soon(answer, runtime, endless, [])
+            nursery.start_soon(answer, runtime, endless, fresh)
         await trio.sleep(0.2)
         result = await answer(runtime, work, resume)
         nursery.cancel_scope.cancel()
