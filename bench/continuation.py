@@ -10,11 +10,13 @@ whose rest is equal to the undisturbed one's, and the share of equal tokens befo
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 
 import msgspec
 import trio
 
+from bench.figures import header, model_path
 from cargos.runtimes.base import Finished, RuntimeSpec, Tokens
 from cargos.runtimes.llama import open_llama
 from cargos.runtimes.llama.runtime import LlamaRuntime
@@ -76,7 +78,7 @@ async def crowded(runtime: LlamaRuntime, dice: Dice, work: Generation, resume: l
     return result
 
 
-async def main(path: str, prompts: int, tokens: int) -> None:
+async def measure(path: str, prompts: int, tokens: int) -> None:
     spec = RuntimeSpec("continuation", {"model.gguf": path}, 2048)
     async with open_llama(spec) as runtime:
         await runtime.ready()
@@ -98,10 +100,18 @@ async def main(path: str, prompts: int, tokens: int) -> None:
             print(fixed.row(f"{name}: deterministic, among {NEIGHBOURS} others"))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench continuation", description="how often continuations agree"
+    )
+    parser.add_argument("model", nargs="?", help="a GGUF file (default: SmolLM2 from the store)")
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=48)
-    options = parser.parse_args()
-    trio.run(main, options.model, options.prompts, options.tokens)
+    options = parser.parse_args(argv)
+    header("continuations")
+    trio.run(measure, options.model or model_path(), options.prompts, options.tokens)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import trio
 
+from bench.figures import header, model_path
 from cargos.runtimes.base import Finished, RuntimeSpec, Session, Tokens
 from cargos.runtimes.llama import open_llama
 from cargos.runtimes.llama.engine import N_BATCH
@@ -83,7 +85,7 @@ async def first_token(session: Session) -> None:
         pass
 
 
-async def main(path: str, rounds: int, tokens: int, threads: int) -> None:
+async def measure(path: str, rounds: int, tokens: int, threads: int) -> None:
     model = Model([path])
     context = Context(
         model,
@@ -119,11 +121,19 @@ async def main(path: str, rounds: int, tokens: int, threads: int) -> None:
         print(f"{row}  {GOALS[n]:.2f}")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench engine", description="an Island against bare llama.cpp"
+    )
+    parser.add_argument("model", nargs="?", help="a GGUF file (default: SmolLM2 from the store)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    trio.run(main, options.model, options.rounds, options.tokens, options.threads)
+    options = parser.parse_args(argv)
+    header("the engine")
+    trio.run(measure, options.model or model_path(), options.rounds, options.tokens, options.threads)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

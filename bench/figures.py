@@ -8,6 +8,11 @@ import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+import trio
+
+from cargos.resolve import resolve_cargo
+from cargos.store import CargoStore
+
 
 def percentile(values: Sequence[float], fraction: float) -> float:
     """Nearest-rank percentile. Raises ValueError if there are no values."""
@@ -32,6 +37,17 @@ def machine() -> str:
     except OSError:
         name = platform.processor() or name
     return f"{os.cpu_count()} cores, {name}, Python {platform.python_version()}, {platform.system()}"
+
+
+def model_path() -> str:
+    """The weights of the demo's Cargo, fetched into the store if need be."""
+
+    async def fetch() -> str:
+        entry = resolve_cargo("smollm2-135m")
+        files = await CargoStore().ensure(entry.manifest, base=None)
+        return str(next(iter(files.values())))
+
+    return trio.run(fetch)
 
 
 def header(title: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import structlog
 import trio
+
+from bench.figures import header
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -150,7 +151,9 @@ def _row(name: str, values: list[int], base: list[int]) -> str:
 
 
 async def _client(rounds: int) -> None:
-    process = await trio.lowlevel.open_process([sys.executable, __file__, "--server"], stdout=subprocess.PIPE)
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", "bench.kept_stream", "--server"], stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     try:
         line = b""
@@ -181,9 +184,7 @@ async def _client(rounds: int) -> None:
 
 def _report(samples: Samples, bulk_tcp: list[float], bulk_ours: list[float]) -> None:
     count = len(samples.ours)
-    print(
-        f"{platform.machine()}, Python {platform.python_version()}, {count} echoes of {len(MESSAGE)} bytes each"
-    )
+    print(f"{count} echoes of {len(MESSAGE)} bytes each")
     print(f"{'':<34}{'p50 ms':>9}{'p99 ms':>10}{'x TCP p50':>12}")
     print(_row("trio TCP echo", samples.tcp, samples.tcp))
     print(_row("kept stream echo", samples.ours, samples.tcp))
@@ -198,18 +199,22 @@ def _report(samples: Samples, bulk_tcp: list[float], bulk_ours: list[float]) -> 
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench kept_stream", description="kept streams against raw TCP"
+    )
     parser.add_argument("--server", action="store_true", help="the other process; used by the benchmark itself")
     parser.add_argument("--rounds", type=int, default=10, help="turns of 200 echoes each")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
     if arguments.server:
         trio.run(_server)
     else:
+        header("the network layer")
         trio.run(_client, arguments.rounds)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
