@@ -112,8 +112,12 @@ def test_the_last_token_is_always_computed():
     assert place([slot(LONG + LONG, 1), slot([], 0)], LONG) == Placement(1, 0, 99)
 
 
-def test_a_few_equal_tokens_are_not_worth_it():
-    assert place([slot(LONG[:9] + [900] * 9, 1), slot([], 0)], LONG) == Placement(1, -1, 0)
+def test_a_few_equal_tokens_are_not_worth_a_copy():
+    assert place([slot(LONG[:5] + [900] * 9, 1), slot([], 0)], LONG) == Placement(1, -1, 0)
+
+
+def test_what_the_chosen_slot_holds_is_free():
+    assert place([slot(LONG[:5] + [900] * 9, 1)], LONG) == Placement(0, 0, 5)
 
 
 def test_a_slot_beside_the_busy_ones_and_of_those_the_one_unused_for_longest():

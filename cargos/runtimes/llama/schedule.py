@@ -15,8 +15,9 @@ _MIXED_STEP_S: Final = 0.1
 _ALONE_STEP_S: Final = 0.5
 _MIN_CHUNK: Final = 16
 
-#: A prefix shorter than this is not worth copying a sequence's memory for.
-_MIN_SHARED: Final = 16
+#: A prefix shorter than this is not worth copying a sequence's memory for: the copy (all of a slot) takes as
+#: long as some 2 to 15 prompt tokens. What the chosen slot itself holds is free at any length.
+_MIN_SHARED: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,8 @@ def place(slots: Sequence[SlotView], tokens: Sequence[int]) -> Placement | None:
     busy = [i for i, slot in enumerate(slots) if slot.busy]
     beside = range(min(busy) - 1, max(busy) + 2) if busy else range(len(slots))
     slot = min(free, key=lambda i: (i not in beside, len(slots[i].tokens) > 0, i == donor, slots[i].used))
+    if shared == 0 and lengths[slot] > 0:
+        donor, shared = slot, lengths[slot]
     return Placement(slot, donor, shared)
 
 
