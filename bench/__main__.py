@@ -10,6 +10,7 @@ BENCHMARKS = {
     "gateway_stream": "streamed chunks/s of the HTTP side against bare hypercorn-trio",
     "mesh_stream": "streamed chunks/s of gateway + scripted Islands against bare hypercorn-trio",
     "engine": "an Island's tokens/s at 1, 4, 8 streams against bare llama.cpp",
+    "latency": "how much later a token arrives because of a gateway: ours and LiteLLM",
     "overhead": "what gateway and mesh add to an answer, beside what LiteLLM adds",
     "continuation": "how often a continuation equals the undisturbed run",
 }

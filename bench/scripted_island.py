@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import sys
 import tempfile
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -48,9 +49,11 @@ sources = ["file:script.txt"]
 
 
 class ScriptedSession:
-    def __init__(self, limit: int, rate: float, resume: tuple[int, ...], granted: int) -> None:
+    def __init__(self, limit: int, rate: float, resume: tuple[int, ...], granted: int, *, stamp: bool) -> None:
+        self._stamp = stamp
         self._limit = limit
         self._period = 1 / rate if rate else 0.0
+        self._resumed = len(resume)
         self._next = len(resume)
         self._granted = granted
         self._room = trio.Event()
@@ -63,7 +66,7 @@ class ScriptedSession:
     async def receive(self) -> RuntimeEvent:
         if self._next >= self._limit:
             ids = tuple(range(self._limit))
-            usage = Usage(prompt_tokens=1, completion_tokens=self._limit, generated_tokens=self._limit)
+            usage = Usage(1, self._limit, self._limit - self._resumed)
             return Finished("length", "", usage, token_hash([0]), token_hash(ids))
         while self._next >= self._granted:
             self._room = trio.Event()
@@ -75,12 +78,14 @@ class ScriptedSession:
             await trio.lowlevel.checkpoint()
         index = self._next
         self._next += 1
-        return Tokens(index, (Token(index, f" w{index}"),))
+        text = f" {time.monotonic_ns()}" if self._stamp else f" w{index}"
+        return Tokens(index, (Token(index, text),))
 
 
 class ScriptedRuntime:
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, *, stamp: bool) -> None:
         self._rate = rate
+        self._stamp = stamp
         self._active = 0
 
     @asynccontextmanager
@@ -89,7 +94,7 @@ class ScriptedRuntime:
     ) -> AsyncGenerator[ScriptedSession]:
         self._active += 1
         try:
-            yield ScriptedSession(work.max_tokens or 256, self._rate, resume, granted)
+            yield ScriptedSession(work.max_tokens or 256, self._rate, resume, granted, stamp=self._stamp)
         finally:
             self._active -= 1
 
@@ -106,7 +111,7 @@ def write_manifest(folder: Path) -> Path:
     return path
 
 
-async def run(coordinator: str, rate: float, name: str) -> None:
+async def run(coordinator: str, rate: float, name: str, *, stamp: bool) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         settings = NodeSettings(
@@ -119,7 +124,7 @@ async def run(coordinator: str, rate: float, name: str) -> None:
 
         @asynccontextmanager
         async def open_script(_: RuntimeSpec) -> AsyncGenerator[ScriptedRuntime]:
-            yield ScriptedRuntime(rate)
+            yield ScriptedRuntime(rate, stamp=stamp)
 
         async def ready(state: IslandState) -> None:
             print(f"listening {state.host.addresses[0]}", flush=True)
@@ -132,9 +137,11 @@ def main() -> int:
     parser.add_argument("--coordinator", required=True)
     parser.add_argument("--tokens-per-s", type=float, default=0.0)
     parser.add_argument("--name", default="script")
+    parser.add_argument("--stamp", action="store_true", help="tokens are the time at which they are made")
     arguments = parser.parse_args()
     return run_program(
-        lambda: run(arguments.coordinator, arguments.tokens_per_s, arguments.name), logs=LogSettings()
+        lambda: run(arguments.coordinator, arguments.tokens_per_s, arguments.name, stamp=arguments.stamp),
+        logs=LogSettings(level="warning"),
     )
 
 

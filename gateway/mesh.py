@@ -30,8 +30,7 @@ from protocol.jobs import FROM_ISLAND, JOB_PROTOCOL, TO_ISLAND, FromIsland, JobO
 from protocol.machine import Disconnect, Emit, Input, Ordered, PeerLost, Received, Send, Woken
 from protocol.work import Work
 from routing.islands import Island, IslandBook
-from routing.placement import rank, shape_of
-from routing.supervision import (
+from routing.job_events import (
     Abort,
     Command,
     Consumed,
@@ -41,12 +40,13 @@ from routing.supervision import (
     JobFailed,
     JobPlaced,
     JobPreparing,
-    JobSupervisor,
     JobWaiting,
     Start,
     SupervisionPolicy,
     TokensReleased,
 )
+from routing.placement import rank, shape_of
+from routing.supervision import JobSupervisor
 
 #: Job streams kept open in advance per Island: opening one costs a protocol negotiation, which a first token
 #: should not wait for. One is refilled while the other is used.
@@ -54,6 +54,9 @@ READY_STREAMS: Final = 2
 
 #: Preparation notices that may wait for a consumer who does not read; more are dropped, they are not data.
 MAX_WAITING_NOTICES: Final = 32
+
+#: A stream that was taken is replaced this much later: not while its job waits for its first token.
+REFILL_AFTER_S: Final = 0.05
 
 #: Cargos whose first appearance is remembered (the models list shows it); the oldest is forgotten first.
 MAX_CARGOS_SEEN: Final = 4096
@@ -85,6 +88,7 @@ class Mesh:
         now: Callable[[], Instant],
         unix_now: Callable[[], UnixNs],
     ) -> None:
+        self.peer: Final = host.peer
         self._host = host
         self._peers = peers
         self._policy = policy
@@ -201,6 +205,7 @@ class Mesh:
             nursery.start_soon(self._fill, peer)
 
     async def _fill(self, peer: PeerId) -> None:
+        await trio.sleep(REFILL_AFTER_S)
         try:
             with trio.move_on_after(10):
                 while self.book.get(peer) is not None:
@@ -298,6 +303,7 @@ class MeshJob:
             policy=policy,
             unix_offset_ns=mesh.unix_offset_ns,
             name_of=mesh.name_of,
+            consumer=mesh.peer,
         )
 
     def begin(self) -> None:
