@@ -1,4 +1,7 @@
-"""`archi-node cargo ...`: what Cargos there are, fetch them, check them, name them."""
+"""`archi-node cargo ...`: what Cargos there are, fetch them, check them, name them.
+
+Each command imports what it needs itself: every `archi-node` command loads this module.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,17 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import msgspec
-import trio
-from rich.console import Console
-from rich.table import Table
-
-from cargos.catalogue import CargoEntry
-from cargos.cli_progress import show_progress
 from cargos.errors import CargoError, UnknownCargo
-from cargos.manifest import Manifest, canonical_bytes, canonical_json
-from cargos.resolve import builtin_catalogue, load_manifest, resolve_cargo
-from cargos.store import CargoStore, StoredCargo
 from protocol.limits import MIB
+
+if TYPE_CHECKING:
+    import trio
+
+    from cargos.catalogue import CargoEntry
+    from cargos.manifest import Manifest
+    from cargos.store import CargoStore, StoredCargo
 
 #: What a shell reports for a program that Ctrl-C ended.
 INTERRUPTED = 130
@@ -60,6 +60,9 @@ def register(subparsers: Subparsers) -> None:
 
 
 def list_cargos(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
     def work() -> int:
         rows = _known(_store(arguments))
         if arguments.json:
@@ -85,6 +88,10 @@ def list_cargos(arguments: argparse.Namespace) -> int:
 
 
 def show_cargo(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from cargos.manifest import canonical_json
+
     def work() -> int:
         store = _store(arguments)
         manifest = _resolve(arguments.cargo, store).manifest
@@ -120,6 +127,8 @@ def fetch_cargos(arguments: argparse.Namespace) -> int:
 
 
 def verify_cargos(arguments: argparse.Namespace) -> int:
+    from cargos.catalogue import CargoEntry
+
     def work() -> int:
         store = _store(arguments)
         stored = {cargo.digest: cargo for cargo in store.list()}
@@ -138,6 +147,8 @@ def verify_cargos(arguments: argparse.Namespace) -> int:
 
 
 def remove_cargo(arguments: argparse.Namespace) -> int:
+    import trio
+
     def work() -> int:
         store = _store(arguments)
         entry = _resolve(arguments.cargo, store)
@@ -152,6 +163,9 @@ def remove_cargo(arguments: argparse.Namespace) -> int:
 
 
 def digest_manifest(arguments: argparse.Namespace) -> int:
+    from cargos.manifest import canonical_bytes
+    from cargos.resolve import load_manifest
+
     def work() -> int:
         manifest = load_manifest(arguments.manifest)
         if arguments.canonical:
@@ -167,6 +181,8 @@ def digest_manifest(arguments: argparse.Namespace) -> int:
 
 
 async def _ensure_all(arguments: argparse.Namespace, entries: Sequence[CargoEntry], verify: bool) -> int:  # noqa: FBT001 - called through trio.run
+    from cargos.cli_progress import show_progress
+
     store = _store(arguments)
     results: list[dict[str, Any]] = []
     with show_progress() as progress:
@@ -190,6 +206,8 @@ def _run(
     verify: bool,  # noqa: FBT001 - as above
 ) -> int:
     """Run under trio; Ctrl-C and SIGTERM cancel, which keeps what can be resumed."""
+    import trio
+
     code = INTERRUPTED
     failure: CargoError | None = None
 
@@ -226,11 +244,15 @@ def _guarded(work: Callable[[], int]) -> int:
 
 
 def _store(arguments: argparse.Namespace) -> CargoStore:
+    from cargos.store import CargoStore
+
     return CargoStore(arguments.cache)
 
 
 def _known(store: CargoStore) -> list[tuple[Manifest, bool]]:
     """Shipped Cargos and fetched ones, each once, with whether its files are here."""
+    from cargos.resolve import builtin_catalogue
+
     stored: dict[str, StoredCargo] = {cargo.digest: cargo for cargo in store.list()}
     shipped = [
         (entry.manifest, entry.digest in stored and stored.pop(entry.digest).present)
@@ -241,6 +263,9 @@ def _known(store: CargoStore) -> list[tuple[Manifest, bool]]:
 
 def _resolve(reference: str, store: CargoStore) -> CargoEntry:
     """As `resolve_cargo`, and Cargos that were fetched from elsewhere by name, name@version or digest."""
+    from cargos.catalogue import CargoEntry
+    from cargos.resolve import resolve_cargo
+
     try:
         return resolve_cargo(reference)
     except UnknownCargo:
@@ -269,4 +294,6 @@ def _describe(manifest: Manifest, present: bool) -> dict[str, Any]:  # noqa: FBT
 
 
 def _print_json(value: object) -> None:
+    import msgspec
+
     print(msgspec.json.format(msgspec.json.encode(value)).decode())

@@ -1,17 +1,16 @@
-"""`archi-gateway`: run a gateway, make keys for it."""
+"""`archi-gateway`: run a gateway, make keys for it.
+
+Each command imports what it needs itself: network and web framework take seconds to load, `--help` must not.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
 from gateway.config import GatewaySettings
-from gateway.keys import KeyConfigError, hash_of_key, new_key
-from gateway.server import GatewayReady, run_gateway
-from node.identity import IdentityError
-from node.island import VERSION
-from node.p2p.errors import ListenFailed
-from node.runner import add_settings_flags, guarded, run_program, settings_from
+from node.runner import add_settings_flags, add_version_flag, guarded, run_program, settings_from
 
 _SHORTCUTS = (
     ("--name", "name", "the gateway's name, for people"),
@@ -41,12 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"archi-gateway {VERSION}")
+    add_version_flag(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run the gateway until Ctrl-C")
     add_settings_flags(run, _SHORTCUTS)
     run.add_argument(
-        "--open", action="store_const", const="true", dest="setting:open", help="answer without keys"
+        "--open", action="append_const", const="true", dest="setting:open", help="answer without keys [open]"
     )
     run.add_argument("--until-stdin-closes", action="store_true", help="also stop when standard input closes")
     run.set_defaults(handler=_run)
@@ -64,25 +63,35 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, GatewaySettings)
 
+    from gateway.keys import KeyConfigError
+    from gateway.server import GatewayReady, run_gateway
+    from node.data_dir import DataDirError, hold_data_dir
+    from node.identity import IdentityError
+    from node.p2p.errors import AddressInvalid, ListenFailed
+
     async def announce(ready: GatewayReady) -> None:
         print(f"listening {ready.url}", flush=True)
         for address in ready.addresses:
             print(f"mesh {address}", flush=True)
 
     async def gateway() -> None:
-        await run_gateway(settings, ready=announce)
+        with hold_data_dir(settings.data_path):
+            await run_gateway(settings, ready=announce)
 
     return run_program(
         gateway,
         logs=settings.log,
-        expected=(KeyConfigError, IdentityError, ListenFailed, OSError),
+        expected=(DataDirError, KeyConfigError, IdentityError, AddressInvalid, ListenFailed, OSError),
         until_stdin_closes=arguments.until_stdin_closes,
     )
 
 
 def _key(arguments: argparse.Namespace) -> int:
+    from gateway.keys import hash_of_key, new_key
+
     key = new_key()
-    print(f"{key}\n\n# the gateway needs only its hash:\n[[keys]]\nname = {arguments.name!r}")
+    name = json.dumps(arguments.name, ensure_ascii=False)  # TOML's basic strings are JSON's
+    print(f"{key}\n\n# the gateway needs only its hash:\n[[keys]]\nname = {name}")
     print(f'sha256 = "{hash_of_key(key)}"')
     return 0
 

@@ -64,8 +64,8 @@ class KeyRing:
         self.open_to_all: Final = open_to_all
         if not self._by_hash and not open_to_all:
             raise KeyConfigError(
-                'no API keys are configured: add one under [[keys]] (name = ..., key = "ak_..."), '
-                "or set open = true to let anybody in"
+                "no API keys are configured: make one with `archi-gateway key` and put it under "
+                "[[keys]] in the configuration, or into ARCHI_API_KEY; --open (open = true) lets anybody in"
             )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from gateway.mesh import Mesh
 from node.identity import load_or_create_identity
 from node.island import ROLE_COORDINATOR, VERSION, monotonic_now, unix_now
 from node.p2p import open_host
+from node.p2p.errors import ListenFailed
 from node.peers import open_peers
 from protocol.adverts import Hello
 from protocol.dice import Dice
@@ -52,7 +54,7 @@ def key_ring(settings: GatewaySettings) -> KeyRing:
 async def run_gateway(
     settings: GatewaySettings, *, ready: Callable[[GatewayReady], Awaitable[None]] | None = None
 ) -> None:
-    """Run until cancelled. Raises KeyConfigError, IdentityError, OSError (address in use)."""
+    """Run until cancelled. Raises KeyConfigError, IdentityError, AddressInvalid, ListenFailed."""
     keys = key_ring(settings)
     identity = load_or_create_identity(settings.data_path / "identity.key")
     hello = Hello(settings.name, VERSION, (ROLE_COORDINATOR,))
@@ -72,12 +74,21 @@ async def run_gateway(
             metrics_need_key=not settings.public_metrics,
         )
         app = create_app(mesh, keys=keys, settings=http, island_count=lambda: len(mesh.book))
-        listener = open_listener(settings.http.host, settings.http.port)
+        listener = _listener(settings.http.host, settings.http.port)
         url = _url_of(listener)
         await nursery.start(partial(serve_http, app, listener))
         _log.info("listening", http=url, mesh=list(host.addresses), peer=host.peer)
         if ready is not None:
             await ready(GatewayReady(url, host.addresses))
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        return open_listener(host, port)
+    except OSError as error:
+        busy = error.errno == errno.EADDRINUSE
+        why = "another program listens there" if busy else error.strerror or str(error)
+        raise ListenFailed(f"http://{host}:{port}: {why}; choose another --host or --port (0: any)") from error
 
 
 def _url_of(listener: socket.socket) -> str:

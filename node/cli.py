@@ -1,24 +1,16 @@
-"""`archi-node`: run an Island, look into a running one, see what this machine can do."""
+"""`archi-node`: run an Island, look into a running one, see what this machine can do.
+
+Each command imports what it needs itself: the network alone takes a second to load, `--help` must not.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
-import msgspec
-import trio
-
 from cargos import cli as cargo_cli
-from cargos.errors import CargoError
 from node.config import NodeSettings
-from node.control import NotRunning, ask_status
-from node.doctor import examine, show_findings
-from node.identity import IdentityError, load_or_create_identity
-from node.island import VERSION, Island, IslandState
-from node.p2p.errors import ListenFailed
-from node.runner import add_settings_flags, guarded, run_program, settings_from
-from node.status import show_status
+from node.runner import add_settings_flags, add_version_flag, guarded, run_program, settings_from
 
 _SHORTCUTS = (
     ("--name", "name", "the Island's name, for people"),
@@ -48,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"archi-node {VERSION}")
+    add_version_flag(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run the Island until Ctrl-C")
@@ -83,26 +75,43 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, NodeSettings)
 
+    import structlog
+
+    from cargos.errors import CargoError
+    from node.data_dir import DataDirError, hold_data_dir
+    from node.identity import IdentityError
+    from node.island import Island, IslandState
+    from node.p2p.errors import AddressInvalid, ListenFailed
+
     async def announce(state: IslandState) -> None:
         for address in state.host.addresses:
             print(f"listening {address}", flush=True)
 
     async def island() -> None:
-        await Island(settings).run(ready=announce)
+        if not settings.network.coordinators:
+            structlog.get_logger("run").warning(
+                "no coordinator: only gateways that dial this Island send it jobs",
+                remedy="--coordinator MULTIADDR, which a gateway prints at its start",
+            )
+        with hold_data_dir(settings.data_path):
+            await Island(settings).run(ready=announce)
 
     return run_program(
         island,
         logs=settings.log,
-        expected=(IdentityError, CargoError, ListenFailed, OSError),
+        expected=(DataDirError, IdentityError, CargoError, AddressInvalid, ListenFailed, OSError),
         until_stdin_closes=arguments.until_stdin_closes,
     )
 
 
 def _id(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, NodeSettings)
+
+    from node.identity import IdentityError, load_or_create_identity
+
     try:
         print(load_or_create_identity(settings.data_path / "identity.key").peer)
-    except (IdentityError, OSError) as error:
+    except IdentityError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -110,6 +119,13 @@ def _id(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, NodeSettings)
+
+    import msgspec
+    import trio
+
+    from node.control import NotRunning, ask_status
+    from node.status import show_status
+
     try:
         if arguments.json:
             snapshot = trio.run(ask_status, settings.data_path)
@@ -119,11 +135,20 @@ def _status(arguments: argparse.Namespace) -> int:
     except NotRunning as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        pass  # the way out of a live table
     return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, NodeSettings)
+
+    import json
+
+    import trio
+
+    from node.doctor import examine, show_findings
+
     findings = trio.run(examine, settings)
     if arguments.json:
         print(json.dumps([finding.as_dict() for finding in findings], indent=2))

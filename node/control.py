@@ -18,7 +18,6 @@ import msgspec
 import trio
 
 from cargos.runtimes.base import RuntimeLoad
-from node.jobs import JobCounters
 
 if TYPE_CHECKING:
     from node.island import IslandState
@@ -70,6 +69,17 @@ class JobSnapshot(msgspec.Struct, frozen=True):
     age_s: float
 
 
+class CounterSnapshot(msgspec.Struct, frozen=True):
+    """Jobs and tokens since the start (not `node.jobs.JobCounters` itself, which loads the network)."""
+
+    accepted: int
+    rejected: int
+    done: int
+    failed: int
+    cancelled: int
+    tokens: int
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """Everything that `archi-node status` shows. Times in seconds, rates in tokens/s."""
 
@@ -81,7 +91,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     cargos: tuple[CargoSnapshot, ...]
     peers: tuple[PeerSnapshot, ...]
     jobs: tuple[JobSnapshot, ...]
-    counters: JobCounters
+    counters: CounterSnapshot
 
 
 async def serve_control(
@@ -171,5 +181,5 @@ def snapshot(state: IslandState) -> Snapshot:
             )
             for job in jobs.jobs.values()
         ),
-        counters=jobs.counters,
+        counters=msgspec.convert(jobs.counters, CounterSnapshot, from_attributes=True),
     )

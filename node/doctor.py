@@ -10,6 +10,8 @@ import platform
 import shutil
 import stat
 import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -17,7 +19,6 @@ from typing import Final, Literal
 import psutil
 import trio
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from cargos.catalogue import CargoEntry
@@ -27,11 +28,18 @@ from cargos.resolve import builtin_catalogue, resolve_cargo
 from cargos.store import default_root
 from node.config import NodeSettings
 from node.control import NotRunning, ask_status
+from node.identity import new_identity
+from node.p2p import AddressInvalid, ListenFailed, Unreachable, open_host, parse_peer_address
 
 MIB: Final = 1024 * 1024
 #: Loading the engine in a fresh process takes about a second on a slow disk.
 ENGINE_TIMEOUT_S: Final = 60
 DIAL_TIMEOUT_S: Final = 5
+#: A host must listen somewhere; this one only dials.
+NOWHERE_ELSE: Final = "/ip4/127.0.0.1/tcp/0"
+#: Several Cargos of the smaller kind, with room for a download beside its unpacked file.
+SHORT_OF_DISK_MIB: Final = 2048
+_CACHE_REMEDY: Final = "choose another folder with ARCHI_CACHE or cache_dir"
 
 State = Literal["ok", "note", "missing"]
 
@@ -53,16 +61,7 @@ async def examine(settings: NodeSettings) -> list[Finding]:
     """Look at everything; takes a few seconds."""
     findings = [_python(), *_machine(settings), _gpu(), await _engine(), _identity(settings)]
     findings += await _listening(settings)
-    findings += [await _coordinator(address) for address in settings.network.coordinators]
-    if not settings.network.coordinators:
-        findings.append(
-            Finding(
-                "coordinators",
-                "note",
-                "none configured: nobody will send jobs",
-                "archi-node run --coordinator MULTIADDR (a gateway prints its own at start)",
-            )
-        )
+    findings += await _coordinators(settings.network.coordinators)
     findings += _cargos(settings)
     findings += _later_runtimes()
     return findings
@@ -70,17 +69,15 @@ async def examine(settings: NodeSettings) -> list[Finding]:
 
 def show_findings(findings: list[Finding]) -> None:
     marks = {"ok": ("ok", "green"), "note": ("note", "yellow"), "missing": ("missing", "bold red")}
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column()
-    table.add_column(overflow="fold")
+    console = Console(highlight=False, soft_wrap=True)  # a remedy is there to be copied: no breaks in it
     for finding in findings:
         mark, style = marks[finding.state]
-        text = Text(finding.text)
+        text = Text.assemble((f"{mark:<9}", style), f"{finding.topic:<14}{finding.text}")
         if finding.remedy:
-            text.append(f"\n-> {finding.remedy}", style="dim")
-        table.add_row(Text(mark, style=style), finding.topic, text)
-    Console().print(table)
+            text.append(f"\n{'':23}-> {finding.remedy}", style="dim")
+        console.print(text)
+    missing = sum(finding.state == "missing" for finding in findings)
+    console.print(f"\n{missing} missing: see -> above" if missing else "\nthis machine is ready")
 
 
 def _python() -> Finding:
@@ -111,24 +108,26 @@ def _machine(settings: NodeSettings) -> list[Finding]:
                 f"--threads {cores}",
             )
         )
+    return [*findings, _cache(settings)]
+
+
+def _cache(settings: NodeSettings) -> Finding:
     root = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_root(os.environ)
-    folder = root
+    folder = root.absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free // MIB
-    if not os.access(folder, os.W_OK):
-        findings.append(Finding("cache", "missing", f"{root} is not writable", "set cache_dir or ARCHI_CACHE"))
-    else:
-        short = free < 2048
-        findings.append(
-            Finding(
-                "cache",
-                "note" if short else "ok",
-                f"{root}, {free} MiB free",
-                "free some disk space" if short else "",
-            )
+    try:
+        # Permission bits alone say nothing to root, nor of read-only and special file systems.
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free // MIB
+    except OSError as error:
+        why = "is a file" if folder.is_file() else error.strerror
+        return Finding("cache", "missing", f"nothing can be written to {root}: {folder}: {why}", _CACHE_REMEDY)
+    if free < SHORT_OF_DISK_MIB:
+        return Finding(
+            "cache", "note", f"{root}, only {free} MiB free", f"free some disk space, or {_CACHE_REMEDY}"
         )
-    return findings
+    return Finding("cache", "ok", f"{root}, {free} MiB free")
 
 
 def _cpu_name() -> str:
@@ -197,46 +196,39 @@ async def _listening(settings: NodeSettings) -> list[Finding]:
         return [Finding("island", "ok", f"running: {running.name}, {len(running.peers)} peers")]
     findings: list[Finding] = []
     for address in settings.network.listen:
-        endpoint = _tcp_endpoint(address)
-        if endpoint is None:
-            findings.append(
-                Finding("listen", "missing", f"{address} is no TCP multiaddr", "use /ip4/0.0.0.0/tcp/4002")
-            )
-            continue
-        host, port = endpoint
         try:
-            for listener in await trio.open_tcp_listeners(port, host=host):
-                await listener.aclose()
-            findings.append(Finding("listen", "ok", address))
-        except OSError as error:
-            findings.append(
-                Finding("listen", "missing", f"{address}: {error.strerror}", "choose another with --listen")
-            )
+            async with open_host(new_identity(), [address]):
+                findings.append(Finding("listen", "ok", address))
+        except AddressInvalid as error:
+            findings.append(Finding("listen", "missing", error.reason, "use /ip4/0.0.0.0/tcp/4002"))
+        except ListenFailed as error:
+            findings.append(Finding("listen", "missing", str(error), "--listen /ip4/127.0.0.1/tcp/0"))
     return findings
 
 
-async def _coordinator(address: str) -> Finding:
-    endpoint = _tcp_endpoint(address)
-    if endpoint is None or "/p2p/" not in address:
-        return Finding(
-            "coordinator", "missing", f"{address} is no full address", "use /ip4/HOST/tcp/PORT/p2p/PEER-ID"
-        )
-    try:
-        with trio.fail_after(DIAL_TIMEOUT_S):
-            stream = await trio.open_tcp_stream(*endpoint)
-            await stream.aclose()
-    except (OSError, trio.TooSlowError):
-        return Finding(
-            "coordinator", "missing", f"{address} does not answer", "is the gateway up, the port open?"
-        )
-    return Finding("coordinator", "ok", address)
-
-
-def _tcp_endpoint(address: str) -> tuple[str, int] | None:
-    parts = address.split("/")
-    if len(parts) < 5 or parts[1] not in {"ip4", "ip6", "dns", "dns4", "dns6"} or parts[3] != "tcp":
-        return None
-    return (parts[2], int(parts[4])) if parts[4].isdigit() and int(parts[4]) < 65536 else None
+async def _coordinators(addresses: Sequence[str]) -> list[Finding]:
+    """Dialled as an Island does it, handshake included, by an identity that is thrown away."""
+    if not addresses:
+        remedy = "--coordinator MULTIADDR (a gateway prints its own at start)"
+        return [Finding("coordinators", "note", "none configured: nobody will send jobs", remedy)]
+    findings: list[Finding] = []
+    async with open_host(new_identity(), [NOWHERE_ELSE]) as host:
+        for address in addresses:
+            try:
+                parse_peer_address(address)
+                with trio.fail_after(DIAL_TIMEOUT_S):
+                    await host.connect(address)
+            except AddressInvalid as error:
+                findings.append(
+                    Finding("coordinator", "missing", error.reason, "use /ip4/HOST/tcp/PORT/p2p/PEER")
+                )
+            except (Unreachable, trio.TooSlowError) as error:
+                reason = error.reason if isinstance(error, Unreachable) else f"silent for {DIAL_TIMEOUT_S} s"
+                text = f"{address} does not answer: {reason}"
+                findings.append(Finding("coordinator", "missing", text, "is the gateway up, the port open?"))
+            else:
+                findings.append(Finding("coordinator", "ok", address))
+    return findings
 
 
 def _cargos(settings: NodeSettings) -> list[Finding]:

@@ -1,6 +1,9 @@
 """How our programs start and end: settings from flags, logs, signals, one exit code.
 
-Exit codes: 0 ended as asked (Ctrl-C and SIGTERM included), 1 could not start or broke, 2 wrong usage.
+Exit codes: 0 ended as asked (Ctrl-C and SIGTERM included), 1 could not start or broke, 2 wrong usage, 130 a
+command that Ctrl-C cut short.
+
+What takes long to import is imported where it is used: `--help` and a typing slip answer at once.
 """
 
 from __future__ import annotations
@@ -11,21 +14,45 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
-
-import structlog
-import trio
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from node.config import LogSettings
-from node.logs import set_up_logs
-from node.settings import Settings, SettingsError, load_settings, parse_assignment
+from node.settings import (
+    Settings,
+    SettingsError,
+    likely_slips,
+    list_settings,
+    load_settings,
+    parse_assignment,
+)
+
+if TYPE_CHECKING:
+    import trio
 
 S = TypeVar("S", bound=Settings)
+E = TypeVar("E", bound=BaseException)
 
 #: Exceptions that a person can mend: shown as one message, without a traceback.
 Expected = tuple[type[Exception], ...]
 
 CONFIG_ENV: Final = "ARCHI_CONFIG"
+
+#: What a shell reports for a program that Ctrl-C ended.
+INTERRUPTED: Final = 130
+
+
+class _ShowVersion(argparse.Action):
+    """`--version`, looked up only when asked for: it reads the installed package's metadata."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        from importlib.metadata import version
+
+        print(f"{parser.prog} {version('archipelag')}")
+        parser.exit()
+
+
+def add_version_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version and leave")
 
 
 def add_settings_flags(parser: argparse.ArgumentParser, shortcuts: Sequence[tuple[str, str, str]]) -> None:
@@ -44,15 +71,24 @@ def add_settings_flags(parser: argparse.ArgumentParser, shortcuts: Sequence[tupl
         help="any setting by its dotted name, for example --set engine.threads=2; may be repeated",
     )
     for flag, setting, text in shortcuts:
-        parser.add_argument(flag, metavar="VALUE", dest=f"setting:{setting}", help=f"{text} [{setting}]")
+        parser.add_argument(
+            flag, metavar="VALUE", action="append", dest=f"setting:{setting}", help=f"{text} [{setting}]"
+        )
 
 
 def settings_from(arguments: argparse.Namespace, kind: type[S]) -> S:
-    """Settings of this kind from file, environment and the parsed flags. Raises SettingsError."""
+    """Settings of this kind from file, environment and the parsed flags. Raises SettingsError.
+
+    A flag that is given twice adds to a list; of any other setting the last one counts.
+    """
     overrides: dict[str, object] = {}
+    lists = list_settings(kind)
     for name, value in vars(arguments).items():
-        if name.startswith("setting:") and value is not None:
-            overrides[name.removeprefix("setting:")] = value
+        if name.startswith("setting:") and value:
+            setting = name.removeprefix("setting:")
+            overrides[setting] = ",".join(value) if setting in lists else value[-1]
+    for variable, meant in likely_slips(kind, os.environ):
+        print(f"warning: {variable} is no setting; did you mean {meant}?", file=sys.stderr)
     for text in arguments.assignments:
         path, value = parse_assignment(text)
         overrides[path] = value
@@ -70,6 +106,10 @@ def run_program(
     until_stdin_closes: bool = False,
 ) -> int:
     """Run a trio program until it ends, a signal comes or (if wanted) standard input closes."""
+    import trio
+
+    from node.logs import set_up_logs
+
     set_up_logs(logs)
     failures: list[Exception] = []
 
@@ -94,21 +134,35 @@ def run_program(
 
 
 def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Run a command; what a person can mend becomes one message and exit code 2."""
+    """Run a command; what a person can mend, or did herself, becomes one message and an exit code."""
     try:
-        return command(arguments)
+        code = command(arguments)
+        sys.stdout.flush()  # a reader that has gone is noticed here, not while the interpreter ends
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of our output (head, a pager) is gone; that is no error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        return _own_doing(error)
+    except BaseExceptionGroup as group:  # the same out of a trio nursery
+        rest = group.split((KeyboardInterrupt, BrokenPipeError, SystemExit))[1]
+        if rest is not None:
+            raise
+        return _own_doing(flatten(group)[0])
+    return code
+
+
+def _own_doing(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    # The reader of our output (head, a pager) is gone; that is no error. (Rich says so with SystemExit.)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 async def _stop_on_signal(scope: trio.CancelScope) -> None:
+    import structlog
+    import trio
+
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for number in signals:
             structlog.get_logger("run").info("stopping", signal=signal.Signals(number).name)
@@ -117,18 +171,20 @@ async def _stop_on_signal(scope: trio.CancelScope) -> None:
 
 
 async def _stop_on_eof(scope: trio.CancelScope) -> None:
+    import trio
+
     async with trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())) as stdin:
         while await stdin.receive_some(4096):
             pass
     scope.cancel()
 
 
-def flatten(group: BaseExceptionGroup[Exception]) -> list[Exception]:
+def flatten(group: BaseExceptionGroup[E]) -> list[E]:
     """The exceptions in a group, however deep."""
-    flat: list[Exception] = []
+    flat: list[E] = []
     for error in group.exceptions:
         if isinstance(error, BaseExceptionGroup):
-            flat.extend(flatten(error))
+            flat.extend(flatten(cast("BaseExceptionGroup[E]", error)))
         else:
             flat.append(error)
     return flat

@@ -29,6 +29,11 @@ ENV_OTHERS: Final = frozenset({"ARCHI_CACHE", "ARCHI_CONFIG", "ARCHI_TEST_MODEL"
 MAX_CONFIG_BYTES: Final = 1024 * 1024
 
 
+#: How alike a variable must be to a setting to be taken for a typing slip. The gateway's ARCHI_MESH_LISTEN and
+#: the Island's ARCHI_NETWORK_LISTEN score 0.76: each may stand in the environment of the other.
+SLIP_LIKENESS: Final = 0.85
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of every settings type."""
 
@@ -60,7 +65,7 @@ def load_settings(
             continue
         path = _env_path(name[len(prefix) :], fields)
         if path is None:
-            continue  # other programs of ours share the prefix; a typing slip shows in `config show`
+            continue  # our other programs share the prefix; `likely_slips` tells of typing slips
         _put(tree, path, _split(raw, fields[path]))
         origins[path] = f"environment variable {name}"
     for path, value in overrides.items():
@@ -72,6 +77,25 @@ def load_settings(
         return msgspec.convert(tree, kind, strict=False)
     except msgspec.ValidationError as error:
         raise SettingsError(_explain(str(error), origins, fields)) from error
+
+
+def list_settings(kind: type[Settings]) -> frozenset[str]:
+    """Dotted names of the settings that hold lists."""
+    return frozenset(path for path, hint in _fields_of(kind) if _is_list(hint))
+
+
+def likely_slips(
+    kind: type[Settings], environ: Mapping[str, str], prefix: str = ENV_PREFIX
+) -> list[tuple[str, str]]:
+    """Variables that are no setting but nearly one, each with the name that was probably meant."""
+    known = {prefix + path.replace(".", "_").upper() for path, _ in _fields_of(kind)}
+    slips: list[tuple[str, str]] = []
+    for name in environ:
+        if not name.startswith(prefix) or name in known | ENV_OTHERS:
+            continue
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=SLIP_LIKENESS):
+            slips.append((name, close[0]))
+    return slips
 
 
 def parse_assignment(text: str) -> tuple[str, str]:

@@ -24,11 +24,12 @@ async def show_status(data_dir: Path, once: bool) -> None:  # noqa: FBT001 - pas
         console.print(render_status(before, None, 0.0))
         return
     with Live(render_status(before, None, 0.0), console=console, auto_refresh=False, screen=False) as live:
+        asked = trio.current_time()
         while True:
             await trio.sleep(_REFRESH_S)
-            snapshot = await ask_status(data_dir)
-            live.update(render_status(snapshot, before, _REFRESH_S), refresh=True)
-            before = snapshot
+            snapshot, now = await ask_status(data_dir), trio.current_time()
+            live.update(render_status(snapshot, before, now - asked), refresh=True)
+            before, asked = snapshot, now
 
 
 def render_status(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> RenderableType:
@@ -38,11 +39,23 @@ def render_status(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> R
         f"  {now.peer}  up {now.uptime_s:.0f} s",
         ("  shutting down" if now.draining else "", "yellow"),
     )
-    return Group(head, _cargos(now, before, elapsed_s), _peers(now), _jobs(now))
+    counts = now.counters
+    totals = (
+        f"{counts.accepted} jobs accepted, {counts.done} done, {counts.cancelled} cancelled, "
+        f"{counts.failed} failed, {counts.rejected} rejected, {counts.tokens} tokens"
+    )
+    parts: list[RenderableType] = [head, _cargos(now, before, elapsed_s)]
+    parts += [Text(f"{cargo.name}: {cargo.detail}", style="red") for cargo in now.cargos if cargo.detail]
+    parts.append("")
+    parts.append(_peers(now) if now.peers else Text("no peers: is a coordinator configured?", style="yellow"))
+    parts += ["", Text(totals)]
+    if now.jobs:
+        parts.append(_jobs(now))
+    return Group(*parts)
 
 
 def _cargos(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> Table:
-    table = _table("Cargo", "state", "active", "waiting", "tokens/s now", "alone", "prompt", "restarts")
+    table = _table("Cargo", "state", "active", "waiting", "tokens/s", "alone", "prompt", "restarts")
     made_before = (
         {cargo.digest: cargo.load.tokens_total for cargo in before.cargos if cargo.load} if before else {}
     )
@@ -68,8 +81,6 @@ def _cargos(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> Table:
                 f"{load.prefill_tps:.0f}",
                 str(load.restarts),
             )
-        if cargo.detail:
-            table.add_row(Text(cargo.detail, style="red"))
     return table
 
 
@@ -87,21 +98,14 @@ def _peers(now: Snapshot) -> Table:
 
 
 def _jobs(now: Snapshot) -> Table:
-    counts = now.counters
-    title = (
-        f"{counts.accepted} jobs accepted, {counts.done} done, {counts.cancelled} cancelled, "
-        f"{counts.failed} failed, {counts.rejected} rejected, {counts.tokens} tokens"
-    )
-    table = _table("Job", "consumer", "state", "tokens", "age s", title=title)
+    table = _table("Job", "consumer", "state", "tokens", "age s")
     for job in now.jobs:
         table.add_row(job.job[:8], job.consumer[-12:], job.state, str(job.tokens), f"{job.age_s:.1f}")
     return table
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="", box=None, header_style="dim", pad_edge=False
-    )
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
