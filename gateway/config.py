@@ -12,7 +12,9 @@ from node.config import LogSettings, default_data_dir
 from node.settings import Settings
 from protocol.instants import MILLISECOND_NS
 from protocol.limits import DEFAULT_TOKEN_WINDOW, MAX_NAME_CHARS, MAX_TOKEN_WINDOW
-from routing.supervision import SupervisionPolicy
+from routing.job_events import (
+    SupervisionPolicy,
+)
 
 _Millis = Annotated[int, Meta(ge=0, le=86_400_000)]
 

@@ -2,7 +2,7 @@
 
 Bounded: at most `capacity` Islands, the one heard of longest ago goes first. An advert that is not
 repeated expires. What the coordinator itself measures (speed seen, failures seen) stands beside the claim
-and corrects it.
+and corrects it; it outlives the advert, so that nobody becomes innocent by reconnecting.
 """
 
 from __future__ import annotations
@@ -30,6 +30,15 @@ SPEED_WEIGHT: Final = 0.3
 
 
 @dataclass(slots=True)
+class Experience:
+    """What we saw of a peer ourselves. `reserved`: jobs of ours there now. `decode_tps`: by Cargo digest."""
+
+    reserved: int = 0
+    suspect_until: Instant = _NEVER
+    decode_tps: dict[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(slots=True)
 class Island(Generic[P]):
     """One Island: its latest advert and our own experience with it."""
 
@@ -37,9 +46,7 @@ class Island(Generic[P]):
     advert: IslandAdvert
     sequence: int
     heard: Instant
-    reserved: int = 0
-    suspect_until: Instant = _NEVER
-    decode_tps: dict[str, float] = field(default_factory=dict[str, float])
+    experience: Experience
 
     def cargo(self, digest: CargoDigest) -> OfferedCargo | None:
         return next((offered for offered in self.advert.cargos if offered.digest == digest), None)
@@ -50,6 +57,8 @@ class IslandBook(Generic[P]):
 
     def __init__(self, *, ttl_ns: int = ADVERT_TTL_NS, capacity: int = MAX_ISLANDS_PER_COORDINATOR) -> None:
         self._islands: OrderedDict[P, Island[P]] = OrderedDict()
+        # Of peers that are not in the book now, the one that left longest ago first; as many as Islands.
+        self._past: OrderedDict[P, Experience] = OrderedDict()
         self._ttl_ns = ttl_ns
         self._capacity = capacity
 
@@ -59,6 +68,11 @@ class IslandBook(Generic[P]):
     def __iter__(self) -> Iterator[Island[P]]:
         return iter(tuple(self._islands.values()))
 
+    @property
+    def remembered(self) -> int:
+        """Peers of which there is experience, in the book or not."""
+        return len(self._islands) + len(self._past)
+
     def get(self, peer: P) -> Island[P] | None:
         return self._islands.get(peer)
 
@@ -66,9 +80,10 @@ class IslandBook(Generic[P]):
         """Take a verified advert. False if an equal or newer one is already there."""
         island = self._islands.get(peer)
         if island is None:
-            self._islands[peer] = Island(peer, advert, sequence, now)
+            experience = self._past.pop(peer, None) or Experience()
+            self._islands[peer] = Island(peer, advert, sequence, now, experience)
             if len(self._islands) > self._capacity:
-                self._islands.popitem(last=False)
+                self.lost(next(iter(self._islands)))
             return True
         if sequence <= island.sequence:
             return False
@@ -78,7 +93,11 @@ class IslandBook(Generic[P]):
 
     def lost(self, peer: P) -> bool:
         """Forget an Island whose connection is gone. False if it was not known."""
-        return self._islands.pop(peer, None) is not None
+        island = self._islands.pop(peer, None)
+        if island is None:
+            return False
+        self._remember(peer, island.experience)
+        return True
 
     def expire(self, now: Instant) -> list[P]:
         """Forget Islands whose advert was not repeated in time; returns them."""
@@ -88,7 +107,7 @@ class IslandBook(Generic[P]):
                 break
             late.append(peer)
         for peer in late:
-            del self._islands[peer]
+            self.lost(peer)
         return late
 
     def next_expiry(self) -> Instant | None:
@@ -97,24 +116,38 @@ class IslandBook(Generic[P]):
 
     def reserve(self, peer: P) -> None:
         """One more job of ours is on its way to this Island."""
-        if island := self._islands.get(peer):
-            island.reserved += 1
+        self._experience(peer).reserved += 1
 
     def release(self, peer: P) -> None:
-        if island := self._islands.get(peer):
-            island.reserved = max(0, island.reserved - 1)
+        experience = self._experience(peer)
+        experience.reserved = max(0, experience.reserved - 1)
 
     def suspect(self, now: Instant, peer: P) -> None:
         """It broke a promise: place it last for a while."""
-        if island := self._islands.get(peer):
-            island.suspect_until = after(now, SUSPICION_NS)
+        self._experience(peer).suspect_until = after(now, SUSPICION_NS)
 
     def measured(self, peer: P, digest: CargoDigest, decode_tps: float) -> None:
-        """A job's speed there, tokens/s."""
-        island = self._islands.get(peer)
-        if island is None or decode_tps <= 0:
+        """A job's speed there, tokens/s, as we saw it."""
+        if decode_tps <= 0:
             return
-        before = island.decode_tps.get(digest, decode_tps)
-        island.decode_tps[digest] = before + SPEED_WEIGHT * (decode_tps - before)
-        for gone in island.decode_tps.keys() - {offered.digest for offered in island.advert.cargos}:
-            del island.decode_tps[gone]
+        speeds = self._experience(peer).decode_tps
+        before = speeds.get(digest, decode_tps)
+        speeds[digest] = before + SPEED_WEIGHT * (decode_tps - before)
+        if island := self._islands.get(peer):
+            for gone in speeds.keys() - {offered.digest for offered in island.advert.cargos}:
+                del speeds[gone]
+
+    def _experience(self, peer: P) -> Experience:
+        """What there is of it, also after it left: its job's end may be noticed after its link's."""
+        if island := self._islands.get(peer):
+            return island.experience
+        past = self._past.get(peer)
+        if past is None:
+            past = Experience()
+            self._remember(peer, past)
+        return past
+
+    def _remember(self, peer: P, experience: Experience) -> None:
+        self._past[peer] = experience
+        if len(self._past) > self._capacity:
+            self._past.popitem(last=False)

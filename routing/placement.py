@@ -24,6 +24,9 @@ P = TypeVar("P")
 UNKNOWN_DECODE_TPS: Final = 5.0
 UNKNOWN_PREFILL_TPS: Final = 50.0
 
+#: Claims below this are taken as this: slower than any use, and no expected time outgrows an integer.
+MIN_TPS: Final = 0.1
+
 #: Assumed round trip where none was measured yet.
 UNKNOWN_RTT_NS: Final = SECOND_NS
 
@@ -35,6 +38,15 @@ SUSPICION_PENALTY_NS: Final = 3_600 * SECOND_NS
 
 #: Characters per token in English text, for prompts that nobody has tokenised yet.
 CHARS_PER_TOKEN: Final = 4
+
+#: What a chat template adds at most: its own boilerplate, the Cargo's system prompt, the frame of a message.
+#: And how often a byte may come out: JSON inside a template is escaped.
+TEMPLATE_TOKENS: Final = 4096
+MESSAGE_TOKENS: Final = 64
+ESCAPED_BYTES: Final = 2
+
+#: Tokens that a runtime may put before a prompt that it was given raw.
+PREFIX_TOKENS: Final = 8
 
 #: Tokens expected from a job that names no max_tokens, and at most expected from one that does.
 TYPICAL_OUTPUT_TOKENS: Final = 256
@@ -70,12 +82,33 @@ def shape_of(cargo: CargoDigest, work: Generation, done: int = 0) -> JobShape:
     return JobShape(cargo, tokens + done + 1, max(1, limit - done))
 
 
+def most_prompt_tokens(work: Generation) -> int:
+    """No honest count of this prompt's tokens is larger: a token is at least one byte of text."""
+    prompt = work.prompt
+    if isinstance(prompt, ChatPrompt):
+        texts = [part for m in prompt.messages for part in (m.content, m.name or "", m.tool_call_id or "")]
+        for message in prompt.messages:
+            texts += [part for call in message.tool_calls for part in (call.id, call.name, call.arguments)]
+        texts += [part for tool in prompt.tools for part in (tool.name, tool.description, tool.parameters)]
+        frames = len(prompt.messages) + len(prompt.tools)
+        text_bytes = ESCAPED_BYTES * sum(len(text.encode()) for text in texts)
+        return text_bytes + MESSAGE_TOKENS * frames + TEMPLATE_TOKENS
+    if isinstance(prompt, TextPrompt):
+        return len(prompt.text.encode()) + PREFIX_TOKENS
+    return len(prompt.tokens) + PREFIX_TOKENS
+
+
+def _rate(claimed: float, unknown: float) -> float:
+    """0 says that it was not measured yet."""
+    return max(claimed, MIN_TPS) if claimed else unknown
+
+
 def queue_ns(island: Island[P], offered: OfferedCargo, output_tokens: int) -> int:
     """Expected wait for a slot: the rounds of jobs before ours, each as long as ours."""
-    load = max(offered.active + offered.queued, island.reserved)
+    load = max(offered.active + offered.queued, island.experience.reserved)
     if load < offered.slots:
         return 0
-    rate = offered.decode_tps or UNKNOWN_DECODE_TPS
+    rate = _rate(offered.decode_tps, UNKNOWN_DECODE_TPS)
     rounds = (load - offered.slots) // max(1, offered.slots) + 1
     return round(rounds * output_tokens * max(1, offered.slots) / rate * SECOND_NS)
 
@@ -89,16 +122,16 @@ def expected_ns(
     (measured: the aggregate hardly grows on a CPU).
     """
     waiting_ns = queue_ns(island, offered, job.output_tokens)
-    together = min(max(offered.active, island.reserved), max(0, offered.slots - 1)) + 1
-    claimed = offered.decode_tps or UNKNOWN_DECODE_TPS
-    measured = island.decode_tps.get(offered.digest)
+    together = min(max(offered.active, island.experience.reserved), max(0, offered.slots - 1)) + 1
+    claimed = _rate(offered.decode_tps, UNKNOWN_DECODE_TPS)
+    measured = island.experience.decode_tps.get(offered.digest)
     lone_tps = claimed if measured is None else min(claimed, measured * together)
-    prefill_tps = offered.prefill_tps or UNKNOWN_PREFILL_TPS
-    seconds = job.prompt_tokens / prefill_tps + job.output_tokens * together / max(lone_tps, 0.1)
+    prefill_tps = _rate(offered.prefill_tps, UNKNOWN_PREFILL_TPS)
+    seconds = job.prompt_tokens / prefill_tps + job.output_tokens * together / max(lone_tps, MIN_TPS)
     total_ns = (UNKNOWN_RTT_NS if rtt_ns is None else rtt_ns) + waiting_ns + round(seconds * SECOND_NS)
     if offered.state != "ready":
         total_ns += LOADING_NS
-    if island.suspect_until > now:
+    if island.experience.suspect_until > now:
         total_ns += SUSPICION_PENALTY_NS
     return Candidate(island.peer, total_ns, waiting_ns)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Generic, TypeAlias, TypeVar
 
+from protocol.codec import excerpt
 from protocol.envelope import open_untrusted
 from protocol.errors import ProtocolError
 from protocol.ids import CargoDigest, JobId
@@ -37,17 +38,37 @@ from protocol.jobs import (
     JobTokens,
     Receipt,
     ToIsland,
-    Token,
     Usage,
 )
-from protocol.limits import DEFAULT_TOKEN_WINDOW
+from protocol.limits import MAX_CONTEXT_TOKENS
 from protocol.machine import Disconnect, Effect, Emit, Input, Ordered, PeerLost, Received, Send, Woken
 from protocol.work import Generation
+from routing.job_events import (
+    Abort,
+    Command,
+    Consumed,
+    IslandFailed,
+    IslandsChanged,
+    JobCompleted,
+    JobEvent,
+    JobFailed,
+    JobPlaced,
+    JobPreparing,
+    JobWaiting,
+    SpeedSeen,
+    Start,
+    SupervisionPolicy,
+    TokensReleased,
+)
+from routing.placement import most_prompt_tokens
 
 P = TypeVar("P")
 
 #: A refusal for load without a hint is retried after this.
 BUSY_RETRY_NS: Final = 250 * MILLISECOND_NS
+
+#: A refusing Island's hint does not make us ask more often than this.
+MIN_RETRY_NS: Final = 50 * MILLISECOND_NS
 
 #: An Island that failed this job is not asked again for the same job for this long; after that it is only
 #: the last choice, because the coordinator's book suspects it.
@@ -57,120 +78,16 @@ FAILED_COOLDOWN_NS: Final = 2 * SECOND_NS
 STALL_FACTOR: Final = 50
 GAP_WEIGHT: Final = 0.1
 
+#: Progress notices of one attempt: the longest prompt in chunks of 32 tokens gives 8,192, loading some hundred.
+MAX_PROGRESS_NOTICES: Final = 10_000
+
+#: Tokens, or time, from which on an attempt says something about an Island's speed.
+MIN_TIMED_TOKENS: Final = 8
+MIN_TIMED_NS: Final = SECOND_NS
+
 #: Reasons that any Island would give: the consumer's to mend.
 CONSUMER_ERRORS: Final = frozenset({"too-long", "invalid"})
 
-
-@dataclass(frozen=True, slots=True)
-class SupervisionPolicy:
-    """How patient to be. All durations in nanoseconds.
-
-    `accept_ns`: from offer to accept or reject. `first_token_ns`: from accept, or the last sign of progress,
-    to the first token. `stall_ns`: longest gap between tokens; once gaps are known the limit
-    adapts down to STALL_FACTOR gaps but not below `stall_floor_ns`. `wait_ns`: how long a job may be without
-    any Island before it fails; 0 fails at once. `deadline_ns`: the whole job. `attempts`: dispatches that may
-    fail (refusals for load do not count). `window`: tokens that the Island may be ahead of the consumer.
-    """
-
-    accept_ns: int = 3 * SECOND_NS
-    first_token_ns: int = 60 * SECOND_NS
-    stall_ns: int = 5 * SECOND_NS
-    stall_floor_ns: int = 1 * SECOND_NS
-    wait_ns: int = 10 * SECOND_NS
-    deadline_ns: int = 600 * SECOND_NS
-    attempts: int = 8
-    window: int = DEFAULT_TOKEN_WINDOW
-
-
-# --- commands -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Begin."""
-
-
-@dataclass(frozen=True, slots=True)
-class Consumed:
-    """The consumer has taken all tokens with an index below `until`."""
-
-    until: int
-
-
-@dataclass(frozen=True, slots=True)
-class IslandsChanged:
-    """An Island appeared or became free: look again if waiting."""
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    """The consumer is gone."""
-
-
-Command: TypeAlias = Start | Consumed | IslandsChanged | Abort
-
-# --- events ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class JobWaiting:
-    """No Island can take it now."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobPlaced(Generic[P]):
-    """An Island accepted. `hand_over` counts the Islands that had accepted before."""
-
-    peer: P
-    ahead: int
-    hand_over: int
-
-
-@dataclass(frozen=True, slots=True)
-class JobPreparing:
-    stage: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
-class TokensReleased:
-    first: int
-    tokens: tuple[Token, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class IslandFailed(Generic[P]):
-    """For the coordinator's book: this Island let the job down."""
-
-    peer: P
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class JobCompleted(Generic[P]):
-    """The end. `receipt` is None if what the Island signed does not match what it sent."""
-
-    peer: P
-    finish: str
-    tail: str
-    usage: Usage
-    hand_overs: int
-    receipt: Receipt | None
-
-
-@dataclass(frozen=True, slots=True)
-class JobFailed:
-    """The end. `code`: no-islands, busy, too-long, invalid, deadline, exhausted."""
-
-    code: str
-    detail: str
-    retry_after_ms: int = 0
-
-
-JobEvent: TypeAlias = (
-    JobWaiting | JobPlaced[P] | JobPreparing | TokensReleased | IslandFailed[P] | JobCompleted[P] | JobFailed
-)
 
 Effects: TypeAlias = Iterator[Effect[P, ToIsland, JobEvent[P]]]
 Placer: TypeAlias = Callable[[Instant, frozenset[P], int], P | None]
@@ -184,8 +101,19 @@ class _State(Enum):
     ENDED = "ended"
 
 
+@dataclass(frozen=True, slots=True)
+class _Verdict(Generic[P]):
+    """One Island's word that no Island would do this job."""
+
+    peer: P
+    code: str
+    detail: str
+
+
 class JobSupervisor(Generic[P]):
-    """See the module's text. `unix_offset_ns`: civil time minus the clock that instants come from."""
+    """See the module's text. `unix_offset_ns`: civil time minus the clock that instants come from.
+    `consumer`: whose name receipts must bear.
+    """
 
     def __init__(
         self,
@@ -197,6 +125,7 @@ class JobSupervisor(Generic[P]):
         policy: SupervisionPolicy,
         unix_offset_ns: int,
         name_of: Callable[[P], str],
+        consumer: str,
     ) -> None:
         self._job = job
         self._cargo = cargo
@@ -205,6 +134,7 @@ class JobSupervisor(Generic[P]):
         self._policy = policy
         self._unix_offset_ns = unix_offset_ns
         self._name_of = name_of
+        self._consumer = consumer
         self._state = _State.WAITING
         self._peer: P | None = None
         self._ids: list[int] = []
@@ -220,10 +150,19 @@ class JobSupervisor(Generic[P]):
         self._without_island_since: Instant | None = None
         self._alive_at = Instant(0)
         self._gap_ns = 0.0
+        self._timed_tokens = 0
+        self._timed_ns = 0
+        self._notices = 0
+        self._verdict: _Verdict[P] | None = None
 
     @property
     def ended(self) -> bool:
         return self._state is _State.ENDED
+
+    @property
+    def waiting(self) -> bool:
+        """No Island can take it now: `IslandsChanged` may help."""
+        return self._state is _State.WAITING
 
     @property
     def peer(self) -> P | None:
@@ -266,6 +205,7 @@ class JobSupervisor(Generic[P]):
                     yield from self._dispatch(now)
             case Abort():
                 if self._peer is not None:
+                    yield from self._speed(self._peer)
                     yield Send(self._peer, JobCancel())
                     yield Disconnect(self._peer, "consumer gone")
                 self._end()
@@ -285,7 +225,7 @@ class JobSupervisor(Generic[P]):
             yield from self._fail_attempt(now, self._peer, "stalled")
 
     def _message(self, now: Instant, peer: P, message: FromIsland) -> Effects[P]:
-        self._note_alive(now)
+        gap_ns = self._note_alive(now)
         match message, self._state:
             case JobAccept(ahead=ahead), _State.OFFERED:
                 self._state = _State.RUNNING
@@ -297,39 +237,51 @@ class JobSupervisor(Generic[P]):
                 yield from self._grant(now)
             case JobReject(), _State.OFFERED:
                 yield from self._rejected(now, peer, message)
-            case JobProgress(stage=stage, done=done, total=total), _State.RUNNING:
+            case JobProgress(stage=stage, done=done, total=total), _State.RUNNING if self._may_prepare():
                 yield Emit(JobPreparing(stage, done, total))
             case JobTokens(), _State.RUNNING:
-                yield from self._tokens(now, peer, message)
+                yield from self._tokens(now, peer, message, gap_ns)
             case JobDone(), _State.RUNNING:
                 yield from self._done(now, peer, message)
             case JobError(code=code, detail=detail, retryable=retryable), _State.RUNNING:
-                if code in CONSUMER_ERRORS:
-                    yield from self._give_up(code, detail)
-                elif not retryable:
-                    yield from self._give_up("exhausted", detail or code)
+                if code in CONSUMER_ERRORS or not retryable:
+                    yield from self._judged(now, peer, code, detail)
                 else:
-                    yield from self._fail_attempt(now, peer, f"error: {code} {detail}")
+                    yield from self._fail_attempt(now, peer, f"error: {excerpt(code)} {excerpt(detail)}")
             case _:
                 yield from self._fail_attempt(now, peer, f"unexpected {type(message).__name__}")
 
-    def _tokens(self, now: Instant, peer: P, message: JobTokens) -> Effects[P]:
-        limit = self._work.max_tokens
+    def _may_prepare(self) -> bool:
+        """Progress is for the time before the first token, else it would hide a stall."""
+        self._notices += 1
+        return len(self._ids) == self._resumed_at and self._notices <= MAX_PROGRESS_NOTICES
+
+    def _tokens(self, now: Instant, peer: P, message: JobTokens, gap_ns: int) -> Effects[P]:
+        limit = self._work.max_tokens or MAX_CONTEXT_TOKENS
         end = len(self._ids) + len(message.tokens)
         if message.first != len(self._ids):
             yield from self._fail_attempt(now, peer, f"token {message.first} where {len(self._ids)} was due")
         elif end > self._granted:
             yield from self._fail_attempt(now, peer, "more tokens than granted")
-        elif limit is not None and end > limit:
+        elif end > limit:
             yield from self._fail_attempt(now, peer, "more tokens than asked for")
         else:
+            yield from self._refute(peer)
             self._ids.extend(token.id for token in message.tokens)
+            if gap_ns:
+                self._timed_tokens += len(message.tokens)
+                self._timed_ns += gap_ns
             yield Emit(TokensReleased(message.first, message.tokens))
 
     def _done(self, now: Instant, peer: P, message: JobDone) -> Effects[P]:
         if message.usage.completion_tokens != len(self._ids) or message.finish not in {"stop", "length"}:
             yield from self._fail_attempt(now, peer, "done before all tokens were sent")
             return
+        if not self._plausible(message.usage):
+            yield from self._fail_attempt(now, peer, "figures that can not be")
+            return
+        yield from self._refute(peer)
+        yield from self._speed(peer)
         receipt = self._check_receipt(now, peer, message)
         if receipt is None:
             yield Emit(IslandFailed(peer, "receipt does not match"))
@@ -341,18 +293,42 @@ class JobSupervisor(Generic[P]):
 
     def _rejected(self, now: Instant, peer: P, message: JobReject) -> Effects[P]:
         if message.code in CONSUMER_ERRORS:
-            yield from self._give_up(message.code, message.detail)
+            yield from self._judged(now, peer, message.code, message.detail)
             return
         self._peer = None
         yield Disconnect(peer, "rejected")
-        wait_ns = message.retry_after_ms * MILLISECOND_NS or BUSY_RETRY_NS
+        wait_ns = max(message.retry_after_ms * MILLISECOND_NS or BUSY_RETRY_NS, MIN_RETRY_NS)
         if message.code != "busy":
             wait_ns = max(wait_ns, FAILED_COOLDOWN_NS)
-            self._last_failure = f"{self._name_of(peer)}: {message.code} {message.detail}".strip()
+            self._last_failure = f"{self._name_of(peer)}: {excerpt(f'{message.code} {message.detail}')}".strip()
         else:
             self._busy |= {peer}
         self._cooldown[peer] = after(now, wait_ns)
         yield from self._dispatch(now)
+
+    def _judged(self, now: Instant, peer: P, code: str, detail: str) -> Effects[P]:
+        """An Island says that no other would do this job either. One alone is not believed, or a single liar
+        that claims to be fast would end every job: a second one is asked, if there is one.
+        """
+        if code not in CONSUMER_ERRORS:
+            code, detail = "exhausted", detail or code
+        elif self._ids:
+            # Its prompt was accepted before. What is refused is an Island's tokens, not the consumer's request.
+            code, detail = "exhausted", f"no Island can go on with it: {detail}"
+        self._peer = None
+        yield Disconnect(peer, "rejected")
+        if self._verdict is not None:
+            yield from self._give_up(code, excerpt(detail))
+            return
+        self._verdict = _Verdict(peer, code, excerpt(detail))
+        self._cooldown[peer] = self._deadline
+        yield from self._dispatch(now)
+
+    def _refute(self, peer: P) -> Effects[P]:
+        """This Island does what another one said could not be done."""
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None:
+            yield Emit(IslandFailed(verdict.peer, f"refused what {self._name_of(peer)} does: {verdict.detail}"))
 
     # --- moves ------------------------------------------------------------------------------------
 
@@ -360,13 +336,17 @@ class JobSupervisor(Generic[P]):
         self._cooldown = {peer: until for peer, until in self._cooldown.items() if until > now}
         peer = self._place(now, frozenset(self._cooldown), len(self._ids))
         if peer is None:
-            yield from self._wait(now)
+            if self._verdict is not None:
+                yield from self._give_up(self._verdict.code, self._verdict.detail)
+            else:
+                yield from self._wait(now)
             return
         self._peer = peer
         self._state = _State.OFFERED
         self._resumed_at = len(self._ids)
         self._granted = self._consumed + self._policy.window
         self._alive_at = now
+        self._timed_tokens = self._timed_ns = self._notices = 0
         left_ms = max(1, (self._deadline - now) // MILLISECOND_NS)
         yield Send(
             peer,
@@ -396,6 +376,7 @@ class JobSupervisor(Generic[P]):
             yield Emit(JobWaiting())
 
     def _fail_attempt(self, now: Instant, peer: P, reason: str, *, disconnect: bool = True) -> Effects[P]:
+        yield from self._speed(peer)
         self._peer = None
         self._failures += 1
         self._last_failure = f"{self._name_of(peer)}: {reason}"
@@ -413,6 +394,7 @@ class JobSupervisor(Generic[P]):
 
     def _give_up(self, code: str, detail: str, retry_after_ms: int = 0) -> Effects[P]:
         if self._peer is not None:
+            yield from self._speed(self._peer)
             yield Send(self._peer, JobCancel())
             yield Disconnect(self._peer, code)
         yield Emit(JobFailed(code, detail, retry_after_ms))
@@ -438,11 +420,18 @@ class JobSupervisor(Generic[P]):
 
     # --- time -------------------------------------------------------------------------------------
 
-    def _note_alive(self, now: Instant) -> None:
+    def _note_alive(self, now: Instant) -> int:
+        """Returns how long the Island was silent although it had tokens to make, 0 before its first."""
+        gap = 0
         if self._state is _State.RUNNING and len(self._ids) > self._resumed_at:
             gap = now - self._alive_at
             self._gap_ns = gap if self._gap_ns == 0 else self._gap_ns + GAP_WEIGHT * (gap - self._gap_ns)
         self._alive_at = now
+        return gap
+
+    def _speed(self, peer: P) -> Effects[P]:
+        if self._timed_ns and (self._timed_tokens >= MIN_TIMED_TOKENS or self._timed_ns >= MIN_TIMED_NS):
+            yield Emit(SpeedSeen(peer, self._timed_tokens, self._timed_ns))
 
     def _state_limit(self) -> Instant | None:
         """When the present state has lasted too long; None: it may last (up to the deadline)."""
@@ -463,6 +452,12 @@ class JobSupervisor(Generic[P]):
         adaptive = max(policy.stall_floor_ns, round(STALL_FACTOR * self._gap_ns))
         return after(self._alive_at, min(policy.stall_ns, adaptive))
 
+    def _plausible(self, usage: Usage) -> bool:
+        """Whether these counts can be true. `completion_tokens` is checked already."""
+        return usage.generated_tokens == len(
+            self._ids
+        ) - self._resumed_at and usage.cached_tokens <= usage.prompt_tokens <= most_prompt_tokens(self._work)
+
     def _check_receipt(self, now: Instant, peer: P, message: JobDone) -> Receipt | None:
         try:
             unix = UnixNs(now + self._unix_offset_ns)
@@ -474,6 +469,8 @@ class JobSupervisor(Generic[P]):
             opened.issuer == peer
             and receipt.job == self._job
             and receipt.cargo == self._cargo
+            and receipt.consumer == self._consumer
+            and receipt.started_unix_ns <= receipt.finished_unix_ns
             and receipt.first == self._resumed_at
             and receipt.completion_tokens == len(self._ids)
             and receipt.prompt_tokens == message.usage.prompt_tokens

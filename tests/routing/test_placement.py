@@ -10,7 +10,7 @@ from protocol.ids import CargoDigest
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
 from protocol.work import ChatMessage, ChatPrompt, Generation, Sampling, TextPrompt, TokenPrompt
 from routing.islands import SUSPICION_NS, IslandBook
-from routing.placement import JobShape, rank, shape_of
+from routing.placement import JobShape, most_prompt_tokens, rank, shape_of
 
 CARGO = CargoDigest("sha256:" + "c" * 64)
 OTHER = CargoDigest("sha256:" + "d" * 64)
@@ -154,3 +154,70 @@ def test_faster_or_nearer_is_never_placed_later(decode: float, prefill: float, r
     assert time_of(advert(decode_tps=decode, prefill_tps=prefill * factor), rtt) <= base
     assert time_of(advert(decode_tps=decode, prefill_tps=prefill), rtt + 1) > base
     assert time_of(advert(decode_tps=decode, prefill_tps=prefill, active=2), rtt) > base
+
+
+def test_absurd_claims_are_ranked_not_fatal() -> None:
+    """The smallest float in an advert would make a wait that no integer can be rounded from."""
+    for rates in (
+        {"decode_tps": 5e-324},
+        {"prefill_tps": 5e-324},
+        {"decode_tps": 1e-300, "prefill_tps": 1e-300},
+    ):
+        for load in ({}, {"active": 1_000_000, "queued": 1_000_000}, {"slots": 0}, {"slots": 1_000_000}):
+            book = book_of(absurd=advert(**rates, **load), good=advert())
+            assert order(book) == ["good", "absurd"]
+
+
+def test_suspicion_and_speed_outlive_a_reconnect() -> None:
+    """An Island that dies with a job would else come back as an innocent one, and be asked first again."""
+    book = book_of(a=advert(), b=advert(decode_tps=1.0))
+    book.measured("a", CARGO, 50.0)
+    book.lost("a")
+    book.suspect(NOW, "a")  # the job's failure may be noticed after the connection's
+    book.admit(NOW, "a", advert(), 1)
+    assert order(book) == ["b", "a"]
+    found = book.get("a")
+    assert found is not None
+    assert found.experience.decode_tps == {CARGO: 50.0}
+    late = Instant(NOW + ADVERT_TTL_NS + 1)
+    assert book.expire(late) == ["a", "b"] or book.expire(late) == []
+    book.admit(late, "a", advert(), 2)
+    again = book.get("a")
+    assert again is not None
+    assert again.experience.decode_tps == {CARGO: 50.0}
+
+
+def test_reservations_survive_the_advert() -> None:
+    book = book_of(a=advert(), b=advert())
+    book.reserve("a")
+    book.reserve("a")
+    book.lost("a")
+    book.release("a")
+    book.admit(NOW, "a", advert(), 1)
+    island = book.get("a")
+    assert island is not None
+    assert island.experience.reserved == 1
+
+
+def test_experience_is_bounded() -> None:
+    book: IslandBook[int] = IslandBook(capacity=3)
+    for peer in range(50):
+        book.suspect(NOW, peer)
+    assert book.remembered == 3
+    for peer in range(3):
+        book.admit(NOW, peer, advert(), 1)
+        book.suspect(NOW, peer)
+    for peer in range(100, 150):
+        book.suspect(NOW, peer)
+    assert book.remembered <= 6
+    known = book.get(0)
+    assert known is not None
+    assert known.experience.suspect_until > NOW  # strangers push out strangers, not those who are here
+
+
+def test_most_tokens_that_a_prompt_can_have() -> None:
+    sampling = Sampling(seed=0)
+    assert most_prompt_tokens(Generation(TokenPrompt((1, 2, 3)), sampling)) < 20
+    assert 400 <= most_prompt_tokens(Generation(TextPrompt("x" * 400), sampling)) < 500
+    chat = most_prompt_tokens(Generation(ChatPrompt((ChatMessage("user", "\u00fc" * 400),)), sampling))
+    assert 800 <= chat < 10_000

@@ -15,6 +15,7 @@ from protocol.ids import CargoDigest, JobId, PeerId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant, UnixNs
 from protocol.jobs import (
     RECEIPT_KIND,
+    TO_ISLAND,
     FromIsland,
     JobAccept,
     JobCancel,
@@ -30,9 +31,10 @@ from protocol.jobs import (
     Token,
     Usage,
 )
+from protocol.limits import MAX_CONTEXT_TOKENS
 from protocol.machine import Disconnect, Emit, Ordered, PeerLost, Received, Send, Woken
 from protocol.work import ChatMessage, ChatPrompt, Generation, Sampling
-from routing.supervision import (
+from routing.job_events import (
     Abort,
     Consumed,
     IslandFailed,
@@ -40,13 +42,13 @@ from routing.supervision import (
     JobCompleted,
     JobFailed,
     JobPlaced,
-    JobSupervisor,
     JobWaiting,
+    SpeedSeen,
     Start,
     SupervisionPolicy,
     TokensReleased,
-    token_hash,
 )
+from routing.supervision import MAX_PROGRESS_NOTICES, MIN_RETRY_NS, JobSupervisor, token_hash
 
 CARGO = CargoDigest("sha256:" + "c" * 64)
 JOB = JobId("1" * 32)
@@ -85,6 +87,7 @@ class Bench:
             policy=self.policy,
             unix_offset_ns=UNIX,
             name_of=lambda peer: f"island-{PEERS.index(peer)}",
+            consumer="c",
         )
 
     def feed(self, what: object) -> None:
@@ -147,7 +150,7 @@ class Bench:
         envelope = signer.seal(
             RECEIPT_KIND, receipt, sequence=1, expires_unix_ns=UnixNs(UNIX + self.now + SECOND_NS)
         )
-        usage = Usage(prompt_tokens=5, completion_tokens=count, generated_tokens=count - first)
+        usage = Usage(prompt_tokens=5, completion_tokens=count, generated_tokens=count - len(self.offer.resume))
         self.say(peer, JobDone("stop", "!", usage, envelope))
 
     @property
@@ -389,15 +392,17 @@ def test_the_only_island_comes_back() -> None:
 
 
 @pytest.mark.parametrize("code", ["too-long", "invalid"])
-def test_what_the_consumer_must_mend_is_not_tried_elsewhere(code: str) -> None:
+def test_what_the_consumer_must_mend_is_said_once_two_islands_agree(code: str) -> None:
     for refuse in (JobReject(code, "why"), JobError(code, "why", retryable=False)):
-        bench = Bench()
-        bench.start()
-        if isinstance(refuse, JobError):
-            bench.accept(A)
-        bench.say(A, refuse)
-        assert bench.asked == [A]
-        assert bench.last(JobFailed) == JobFailed(code, "why")
+        for up in ([A], [A, B], PEERS):
+            bench = Bench(up=list(up))
+            bench.start()
+            for peer in up[:2]:
+                if isinstance(refuse, JobError):
+                    bench.accept(peer)
+                bench.say(peer, refuse)
+            assert bench.asked == up[:2]
+            assert bench.last(JobFailed) == JobFailed(code, "why")
 
 
 def test_no_answer_to_an_offer() -> None:
@@ -514,3 +519,165 @@ def test_whatever_islands_do_the_stream_is_whole_or_fails_clearly(data: st.DataO
     ends = [event for event in bench.events if isinstance(event, JobCompleted | JobFailed)]
     assert len(ends) == 1
     assert bench.events[-1] is ends[0]
+
+
+def run_to_tokens(bench: Bench, count: int = 2) -> None:
+    bench.start()
+    bench.accept(A)
+    bench.tokens(A, 0, count)
+
+
+def test_one_island_alone_does_not_condemn_a_job() -> None:
+    """A liar that refuses everything as the consumer's fault costs one more round trip, not the job."""
+    for refuse in (JobReject("too-long", "lie"), JobError("invalid", "lie", retryable=False)):
+        bench = Bench(policy=SupervisionPolicy(window=64))
+        bench.start()
+        if isinstance(refuse, JobError):
+            bench.accept(A)
+        bench.say(A, refuse)
+        assert bench.asked == [A, B]
+        bench.accept(B)
+        bench.tokens(B, 0, LENGTH)
+        blamed = bench.last(IslandFailed)
+        assert isinstance(blamed, IslandFailed)
+        assert blamed.peer == A
+        bench.done(B)
+        assert bench.released == ANSWER
+
+
+def test_a_final_error_of_one_island_is_not_the_end() -> None:
+    bench = Bench()
+    run_to_tokens(bench)
+    bench.say(A, JobError("runtime", "lie", retryable=False))
+    assert bench.asked == [A, B]
+    bench.accept(B)
+    bench.say(B, JobError("runtime", "too", retryable=False))
+    failed = bench.last(JobFailed)
+    assert isinstance(failed, JobFailed)
+    assert failed.code == "exhausted"
+
+
+def test_a_judgement_stands_when_nobody_else_can_be_asked_in_the_end() -> None:
+    bench = Bench(up=[A, B])
+    bench.start()
+    bench.say(A, JobReject("too-long", "why"))
+    bench.say(B, JobReject("busy"))
+    assert bench.last(JobFailed) == JobFailed("too-long", "why")
+
+
+def test_tokens_that_nobody_can_continue_are_not_the_consumers_fault() -> None:
+    """An Island may poison a job with ids that its successors must refuse."""
+    bench = Bench()
+    run_to_tokens(bench)
+    bench.feed(PeerLost(A))
+    bench.say(B, JobReject("invalid", "token 9999999"))
+    assert bench.asked == [A, B, C]
+    bench.say(C, JobReject("invalid", "token 9999999"))
+    failed = bench.last(JobFailed)
+    assert isinstance(failed, JobFailed)
+    assert failed.code == "exhausted"
+    assert [e.peer for e in bench.events if isinstance(e, IslandFailed)] == [A]
+
+
+def test_progress_after_the_first_token_is_no_sign_of_life() -> None:
+    bench = Bench()
+    run_to_tokens(bench)
+    bench.say(A, JobProgress("prompt", 1, 2))
+    assert bench.asked == [A, B]
+
+
+def test_a_flood_of_progress_is_a_broken_promise() -> None:
+    bench = Bench()
+    bench.start()
+    bench.accept(A)
+    for done in range(MAX_PROGRESS_NOTICES):
+        bench.say(A, JobProgress("prompt", done, 10))
+    assert bench.asked == [A]
+    bench.say(A, JobProgress("prompt", 0, 10))
+    assert bench.asked == [A, B]
+
+
+def test_a_job_without_a_limit_has_one() -> None:
+    """Past the longest context a successor could not even be given the tokens so far."""
+    bench = Bench(policy=SupervisionPolicy(window=4096), max_tokens=None)
+    bench.start()
+    bench.accept(A)
+    frame = tuple(Token(1, "") for _ in range(256))
+    for first in range(0, MAX_CONTEXT_TOKENS, 256):
+        bench.say(A, JobTokens(first, frame))
+        bench.consume(first + 256)
+    assert bench.asked == [A]
+    bench.say(A, JobTokens(MAX_CONTEXT_TOKENS, (Token(1, ""),)))
+    assert bench.asked == [A, B]
+    assert TO_ISLAND.decode_untrusted(TO_ISLAND.encode(bench.offer)) == bench.offer
+    assert all(TO_ISLAND.decode_untrusted(TO_ISLAND.encode(m)) for _, m in bench.sent)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        Usage(200_000, LENGTH, LENGTH),
+        Usage(5, LENGTH, 3),
+        Usage(5, LENGTH, LENGTH, cached_tokens=6),
+    ],
+)
+def test_figures_that_can_not_be_are_a_broken_promise(usage: Usage) -> None:
+    bench = Bench(policy=SupervisionPolicy(window=64))
+    run_to_tokens(bench, LENGTH)
+    bench.say(A, JobDone("stop", "", usage, SIGNED_NOTHING))
+    assert bench.asked == [A, B]
+
+
+def test_a_receipt_for_another_consumer_is_worth_nothing() -> None:
+    for changes in ({"consumer": "somebody else"}, {"started_unix_ns": 3}):
+        bench = Bench(policy=SupervisionPolicy(window=64))
+        run_to_tokens(bench, LENGTH)
+        bench.done(A, **changes)
+        completed = bench.last(JobCompleted)
+        assert isinstance(completed, JobCompleted)
+        assert completed.receipt is None
+
+
+def test_a_busy_island_does_not_set_the_pace() -> None:
+    bench = Bench(up=[A])
+    bench.start()
+    for _ in range(10):
+        bench.say(A, JobReject("busy", retry_after_ms=1))
+        bench.sleep_until_woken()
+    assert bench.now >= 10 * MIN_RETRY_NS
+
+
+def test_speed_is_what_was_seen_here_and_pauses_do_not_count() -> None:
+    bench = Bench(policy=SupervisionPolicy(window=8, stall_ns=100 * SECOND_NS))
+    bench.start()
+    bench.accept(A)
+    for index in range(8):
+        bench.now = Instant(bench.now + 100 * MILLISECOND_NS)
+        bench.tokens(A, index)
+    bench.now = Instant(bench.now + 60 * SECOND_NS)  # the consumer does not read
+    bench.consume(8)
+    for index in range(8, LENGTH):
+        bench.now = Instant(bench.now + 100 * MILLISECOND_NS)
+        bench.tokens(A, index)
+    bench.done(A)
+    assert bench.last(SpeedSeen) == SpeedSeen(A, LENGTH - 1, (LENGTH - 1) * 100 * MILLISECOND_NS)
+
+
+@pytest.mark.parametrize("end", ["abort", "lost", "stall", "lie"])
+def test_an_island_that_drips_is_remembered_however_it_ends(end: str) -> None:
+    bench = Bench()
+    bench.start()
+    bench.accept(A)
+    for index in range(3):
+        bench.now = Instant(bench.now + 4 * SECOND_NS)
+        bench.tokens(A, index)
+    match end:
+        case "abort":
+            bench.feed(Ordered(Abort()))
+        case "lost":
+            bench.feed(PeerLost(A))
+        case "stall":
+            bench.sleep_until_woken()
+        case _:
+            bench.tokens(A, 0)
+    assert bench.last(SpeedSeen) == SpeedSeen(A, 2, 8 * SECOND_NS)
