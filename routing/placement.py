@@ -36,6 +36,10 @@ LOADING_NS: Final = 20 * SECOND_NS
 #: An Island under suspicion is worse than any that is not: more than any real wait.
 SUSPICION_PENALTY_NS: Final = 3_600 * SECOND_NS
 
+#: An Island whose context looks too short comes after all others, but it is asked: lengths are estimates, and
+#: if the prompt really is too long, an Island is the one to say so.
+TOO_SMALL_PENALTY_NS: Final = 2 * SUSPICION_PENALTY_NS
+
 #: Characters per token in English text, for prompts that nobody has tokenised yet.
 CHARS_PER_TOKEN: Final = 4
 
@@ -133,6 +137,8 @@ def expected_ns(
         total_ns += LOADING_NS
     if island.experience.suspect_until > now:
         total_ns += SUSPICION_PENALTY_NS
+    if job.prompt_tokens > offered.context_length:
+        total_ns += TOO_SMALL_PENALTY_NS
     return Candidate(island.peer, total_ns, waiting_ns)
 
 
@@ -150,8 +156,6 @@ def rank(
             continue
         offered = island.cargo(job.cargo)
         if offered is None or offered.state == "failed":
-            continue
-        if job.prompt_tokens // 2 > offered.context_length:  # estimates err: the Island judges close cases
             continue
         ranked.append(expected_ns(now, island, offered, job, rtt_of(island.peer)))
     ranked.sort(key=lambda candidate: candidate.expected_ns)

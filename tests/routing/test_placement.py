@@ -94,8 +94,9 @@ def test_who_does_not_qualify() -> None:
         good=advert(),
         loading=advert(state="loading"),
     )
-    assert order(book) == ["good", "loading"]
-    assert [c.peer for c in rank(NOW, book, JOB, lambda _: 0, excluded={"good"})] == ["loading"]
+    assert order(book) == ["good", "loading", "small"]  # what looks too small is asked last
+    ranked = rank(NOW, book, JOB, lambda _: 0, excluded={"good"})
+    assert [candidate.peer for candidate in ranked] == ["loading", "small"]
 
 
 def test_a_suspect_is_last_and_forgiven() -> None:
