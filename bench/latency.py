@@ -5,8 +5,8 @@
 No model here, so that nothing else varies: tokens are the time at which they were made, 100 a second. Three
 ways, interleaved in one run: a bare server on hypercorn's trio worker called directly (the floor); LiteLLM's
 proxy in front of that server; our gateway in front of a scripted Island in another process, over libp2p. A
-token's latency is its arrival minus the time in it (one clock: one machine). What a way adds is its median minus
-the floor's.
+token's latency is its arrival minus the time in it (one clock: one machine). What a way adds is its median
+minus the floor's.
 """
 
 from __future__ import annotations

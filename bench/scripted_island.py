@@ -24,9 +24,8 @@ from cargos.runtimes.base import Finished, RuntimeEvent, RuntimeLoad, RuntimeSpe
 from node.config import LogSettings, NetworkSettings, NodeSettings
 from node.island import Island, IslandState
 from node.runner import run_program
-from protocol.jobs import Token, Usage
+from protocol.jobs import Token, Usage, token_hash
 from protocol.work import Work
-from routing.supervision import token_hash
 
 MANIFEST = """
 schema = 1

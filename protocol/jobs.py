@@ -14,6 +14,9 @@ An attempt that resumes gets the tokens so far in its offer; its first token has
 
 from __future__ import annotations
 
+import hashlib
+import struct
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Final, TypeAlias
 
 from msgspec import Meta
@@ -178,6 +181,11 @@ class Receipt(Message, frozen=True, gc=False, tag="receipt"):
     seed: Annotated[int, Meta(ge=0, lt=1 << 53)]
     started_unix_ns: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     finished_unix_ns: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+
+
+def token_hash(ids: Sequence[int]) -> bytes:
+    """SHA-256 over little-endian 32-bit token ids: how receipts name a prompt or an output."""
+    return hashlib.sha256(struct.pack(f"<{len(ids)}I", *ids)).digest()
 
 
 ToIsland: TypeAlias = JobOffer | JobGrant | JobCancel

@@ -11,8 +11,6 @@ stream on `Disconnect`, so nothing of an old attempt arrives after it.
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -39,6 +37,7 @@ from protocol.jobs import (
     Receipt,
     ToIsland,
     Usage,
+    token_hash,
 )
 from protocol.limits import MAX_CONTEXT_TOKENS
 from protocol.machine import Disconnect, Effect, Emit, Input, Ordered, PeerLost, Received, Send, Woken
@@ -478,8 +477,3 @@ class JobSupervisor(Generic[P]):
             and receipt.output_hash == token_hash(self._ids)
         )
         return receipt if honest else None
-
-
-def token_hash(ids: list[int] | tuple[int, ...]) -> bytes:
-    """SHA-256 over little-endian 32-bit token ids: how receipts name a prompt or an output."""
-    return hashlib.sha256(struct.pack(f"<{len(ids)}I", *ids)).digest()

@@ -30,6 +30,7 @@ from protocol.jobs import (
     ToIsland,
     Token,
     Usage,
+    token_hash,
 )
 from protocol.limits import MAX_CONTEXT_TOKENS
 from protocol.machine import Disconnect, Emit, Ordered, PeerLost, Received, Send, Woken
@@ -48,7 +49,7 @@ from routing.job_events import (
     SupervisionPolicy,
     TokensReleased,
 )
-from routing.supervision import MAX_PROGRESS_NOTICES, MIN_RETRY_NS, JobSupervisor, token_hash
+from routing.supervision import MAX_PROGRESS_NOTICES, MIN_RETRY_NS, JobSupervisor
 
 CARGO = CargoDigest("sha256:" + "c" * 64)
 JOB = JobId("1" * 32)

@@ -5,11 +5,8 @@ Knows nothing of batches and memory; the engine brings logits, the sequence turn
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection
 from typing import Final, Literal
-
-import numpy as np
 
 from cargos.runtimes.base import JobRefused
 from cargos.runtimes.llama.native import Logits
@@ -24,12 +21,7 @@ from cargos.runtimes.llama.sampling import (
 )
 from cargos.runtimes.llama.text import Detokenizer
 from cargos.runtimes.llama.wire import Done, Update
-from protocol.jobs import Token, TopLogprob, Usage
-
-
-def token_hash(tokens: list[int]) -> bytes:
-    """SHA-256 over the ids as little-endian 32-bit numbers."""
-    return hashlib.sha256(np.asarray(tokens, dtype="<u4").tobytes()).digest()
+from protocol.jobs import Token, TopLogprob, Usage, token_hash
 
 
 class Sequence:
