@@ -18,6 +18,7 @@ import trio
 from rich.console import Console
 
 from gateway.chat_client import Answering, ChatClient, ChatEvent, ChatFailed, Closed, HandedOver, Text
+from gateway.connection import connection_path, read_connection
 
 with contextlib.suppress(ImportError):  # line editing and recall with the arrow keys, where Python has it
     import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]  # imported for its effect on input()
@@ -36,7 +37,8 @@ Ctrl-C stops an answer; at the prompt it leaves."""
 
 _EPILOG: Final = """\
 The key and the address come from the flags, else from ARCHIPELAG_API_KEY and ARCHIPELAG_URL, else from
-~/.config/archipelag/chat.toml (url = "...", key = "...", model = "..."). Any OpenAI-compatible server will do.
+~/.config/archipelag/chat.toml (url = "...", key = "...", model = "..."), else from a demo that runs on this
+machine. Any OpenAI-compatible server will do.
 """
 
 
@@ -101,8 +103,10 @@ def _settings(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Chat
             raise ChatFailed(f"{path}: {flag} must be text")
         return value
 
-    url = setting("url", "ARCHIPELAG_URL") or DEFAULT_URL
-    return ChatSettings(url, setting("key", "ARCHIPELAG_API_KEY"), setting("model", "ARCHIPELAG_MODEL"))
+    url, key = setting("url", "ARCHIPELAG_URL"), setting("key", "ARCHIPELAG_API_KEY")
+    if url is None and key is None and (demo := read_connection(connection_path(environ))) is not None:
+        url, key = demo.url, demo.key
+    return ChatSettings(url or DEFAULT_URL, key, setting("model", "ARCHIPELAG_MODEL"))
 
 
 def _first_model(client: ChatClient) -> str:
@@ -195,7 +199,7 @@ class Chat:
                 self._note(f" [goes on at {island}] ", end="")
             case Closed():
                 self.console.out()
-                self._note(_figures(event))
+                self._note(figures(event))
 
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
@@ -218,7 +222,8 @@ class Chat:
         self.console.out(terminal_safe(text), style="dim", end=end, highlight=False)
 
 
-def _figures(closed: Closed) -> str:
+def figures(closed: Closed) -> str:
+    """Who answered, how fast: one line."""
     parts = [closed.island] if closed.island else []
     if closed.tokens_per_second is not None:
         parts.append(f"{closed.tokens_per_second:.1f} tokens/s")

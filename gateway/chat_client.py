@@ -6,8 +6,9 @@ comes from the network is decoded here and never trusted to be what it should.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Final, TypeAlias
 
 import httpx
@@ -23,6 +24,8 @@ MAX_LINE_BYTES: Final = 1024 * 1024
 
 #: Body of an error that is read, and of the list of models.
 MAX_BODY_BYTES: Final = 1024 * 1024
+
+NO_OPTIONS: Final[Mapping[str, object]] = MappingProxyType({})
 
 
 class ChatFailed(Exception):
@@ -135,12 +138,15 @@ class ChatClient:
         except msgspec.DecodeError as error:
             raise ChatFailed(f"{self.url} does not answer like an OpenAI server: {error}") from error
 
-    async def ask(self, model: str, messages: Sequence[dict[str, str]]) -> AsyncGenerator[ChatEvent]:
-        """The answer as it comes; ends with `Closed`. Raises ChatFailed.
+    async def ask(
+        self, model: str, messages: Sequence[dict[str, str]], options: Mapping[str, object] = NO_OPTIONS
+    ) -> AsyncGenerator[ChatEvent]:
+        """The answer as it comes; ends with `Closed`. `options`: more fields of the request. Raises ChatFailed.
 
         An async generator: close it (or leave its `aclosing`) to stop the answer on the server.
         """
         body = {
+            **options,
             "model": model,
             "messages": list(messages),
             "stream": True,

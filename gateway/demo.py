@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,28 +18,31 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import httpx
-import msgspec
 import trio
 from rich.console import Console
-from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
-from rich.text import Text
 
+from cargos.catalogue import CargoEntry
+from cargos.cli_progress import show_progress
 from cargos.errors import CargoError
-from cargos.manifest import Manifest
-from cargos.progress import FetchProgress
+from cargos.progress import FetchProgress, ProgressCallback
 from cargos.resolve import resolve_cargo
 from cargos.store import CargoStore
+from gateway.chat import figures, terminal_safe
+from gateway.chat_client import Answering, ChatClient, ChatFailed, Closed, HandedOver
+from gateway.chat_client import Text as AnswerText
+from gateway.connection import Connection, connection_path, remove_connection, write_connection
+from gateway.demo_screen import IslandRow, Screen, Tally, islands_table, readable_untrusted, told_untrusted
 from gateway.keys import new_key
-from gateway.questions import QuestionFailed, ask
 from node.control import NotRunning, Snapshot, ask_status
 from node.runner import flatten
+from protocol.limits import MIB
 
 DEFAULT_PORT: Final = 8080
 NAMES: Final = ("coral", "atoll", "lagoon", "reef", "skerry", "cay", "holm", "islet")
@@ -50,7 +54,13 @@ READY_TIMEOUT_S: Final = 180
 STOP_S: Final = 5
 #: A child's last words, kept for the error message.
 LAST_LINES: Final = 30
-REFRESH_S: Final = 0.5
+#: The Islands are asked this often, and the screen is drawn this often while something moves.
+ASK_S: Final = 0.5
+DRAW_S: Final = 0.1
+#: An Island that takes longer to say how it is gets shown as silent.
+STATUS_PATIENCE_S: Final = 0.4
+#: The answer to the first question: short, and the same at each start.
+ANSWER_OPTIONS: Final = {"max_tokens": 120, "temperature": 0.3, "seed": 1}
 
 
 class DemoFailed(Exception):
@@ -66,6 +76,16 @@ class Child:
     data_dir: Path
     last_lines: deque[str] = field(default_factory=lambda: deque[str](maxlen=LAST_LINES))
     stopping: bool = False
+    tokens: int = 0
+    asked: float = 0.0
+
+    @property
+    def fate(self) -> str | None:
+        """How it ended, or None while it runs."""
+        code = self.process.returncode
+        if code is None:
+            return None
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 def register(subparsers: Any) -> None:  # noqa: ANN401 - argparse has no public name for it
@@ -100,63 +120,76 @@ def _demo(arguments: argparse.Namespace) -> int:
     failures: list[Exception] = []
     try:
         trio.run(demo.run)
-    except* (DemoFailed, CargoError, QuestionFailed, httpx.HTTPError) as group:
+    except* (DemoFailed, CargoError, httpx.HTTPError) as group:
         failures.extend(flatten(group))
-    for failure in failures:
+    # When a process dies, others complain of it: the reason alone is of use.
+    for failure in [f for f in failures if isinstance(f, DemoFailed)] or failures:
         print(f"error: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if failures or demo.question_failed else 0
 
 
 class Demo:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._screen = Screen(Console(highlight=False))
+        self._tally = Tally()
         self._key: str = arguments.key or new_key()
         self._children: list[Child] = []
         self._url = ""
+        self._mesh = ""
+        self._connection = connection_path(os.environ)
+        self.question_failed = False
 
     async def run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._stop_on_signal, nursery.cancel_scope)
-            with tempfile.TemporaryDirectory(prefix="archipelag-demo-") as temporary:
-                root: Path = self._arguments.data_dir or Path(temporary)
-                entry = resolve_cargo(self._arguments.cargo)
-                await self._fetch(entry.manifest, entry.base)
+        """Until a signal. Raises DemoFailed, CargoError, httpx.HTTPError (in groups)."""
+        async with trio.open_nursery() as outer:
+            inner = trio.CancelScope()
+            await outer.start(self._stop_on_signal, inner)
+            with inner:
                 try:
-                    await self._start(root, nursery)
-                    await self._show(entry.manifest.name)
+                    await self._run()
                 finally:
                     with trio.CancelScope(shield=True):
                         await self._stop()
+            outer.cancel_scope.cancel()
+
+    async def _run(self) -> None:
+        entry = resolve_cargo(self._arguments.cargo)
+        await self._fetch(entry)
+        with tempfile.TemporaryDirectory(prefix="archipelag-demo-") as temporary:
+            root: Path = self._arguments.data_dir or Path(temporary)
+            try:
+                async with trio.open_nursery() as nursery:
+                    await self._start(root, nursery)
+                    await self._show(entry.manifest.name)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._stop()  # before their folders go
 
     # --- start --------------------------------------------------------------------------------------
 
-    async def _fetch(self, manifest: Manifest, base: object) -> None:
+    async def _fetch(self, entry: CargoEntry) -> None:
         """The Cargo's files, before any Island asks for them, so that it happens once and is seen."""
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, console=self._console, transient=True) as bar:
-            tasks: dict[str, Any] = {}
-            said: set[str] = set()
+        store = CargoStore()
+        with ExitStack() as stack:
+            draw: ProgressCallback | None = None
 
             def show(progress: FetchProgress) -> None:
-                if progress.state == "done" and progress.file not in tasks:
-                    return
-                if progress.file not in tasks:
-                    tasks[progress.file] = bar.add_task(progress.file, total=progress.total_bytes)
-                    if not self._console.is_terminal and progress.file not in said:
-                        said.add(progress.file)
-                        self._say(f"fetching {progress.file} from {progress.source}")
-                bar.update(
-                    tasks[progress.file],
-                    completed=progress.done_bytes,
-                    total=progress.total_bytes,
-                    description=f"{progress.file} ({progress.state})",
-                )
+                nonlocal draw
+                if draw is None:
+                    if progress.state == "done":
+                        return  # it was there
+                    size = -(-entry.manifest.total_bytes // MIB)
+                    self._say(f"fetching {entry.manifest.name}, {size} MiB; it is kept for the next time")
+                    draw = stack.enter_context(show_progress())
+                draw(progress)
 
-            await CargoStore().ensure(manifest, base=cast("Path | None", base), progress=show)
+            await store.ensure(entry.manifest, base=entry.base, progress=show)
 
     async def _start(self, root: Path, nursery: trio.Nursery) -> None:
         port = self._arguments.port if self._arguments.port is not None else _free_port(DEFAULT_PORT)
+        if self._arguments.port is None and port != DEFAULT_PORT:
+            self._say(f"port {DEFAULT_PORT} is taken; using another one")
         gateway_dir = root / "gateway"
         gateway = await self._spawn(
             nursery,
@@ -172,7 +205,7 @@ class Demo:
         )
         self._say(f"gateway pid {gateway.process.pid}")
         lines = await self._lines_of(gateway, lambda line: line.startswith("mesh "))
-        mesh = lines[-1].removeprefix("mesh ")
+        self._mesh = lines[-1].removeprefix("mesh ")
         self._url = next(line for line in lines if line.startswith("listening ")).split()[1] + "/v1"
         for index in range(self._arguments.islands):
             name = NAMES[index] if index < len(NAMES) else f"island-{index + 1}"
@@ -184,7 +217,7 @@ class Demo:
                 [
                     *("node.cli", "run", "--until-stdin-closes", "--name", name),
                     *("--data-dir", str(data_dir), "--cargo", self._arguments.cargo),
-                    *("--coordinator", mesh, "--log-format", "json"),
+                    *("--coordinator", self._mesh, "--log-format", "json"),
                     *_assignments(self._arguments.set_island),
                 ],
                 {},
@@ -194,6 +227,10 @@ class Demo:
         nursery.start_soon(self._drain, gateway)
         await self._wait_ready()
         self._say(f"ready {self._url} key {self._key}")
+        try:
+            write_connection(self._connection, Connection(self._url, self._key, os.getpid()))
+        except OSError as error:
+            self._say(f"archi chat will need --url and --key: {self._connection}: {error.strerror}")
 
     async def _spawn(
         self, nursery: trio.Nursery, label: str, data_dir: Path, module: list[str], extra: Mapping[str, str]
@@ -210,7 +247,7 @@ class Demo:
         child = Child(label, process, data_dir)
         self._children.append(child)
         nursery.start_soon(self._read_logs, child)
-        nursery.start_soon(self._watch, child, nursery.cancel_scope)
+        nursery.start_soon(self._watch, child)
         return child
 
     async def _wait_ready(self) -> None:
@@ -221,12 +258,13 @@ class Demo:
                     if response.status_code == 200 and await self._islands_ready():
                         return
                     await trio.sleep(0.1)
-        raise DemoFailed(f"the Islands were not ready within {READY_TIMEOUT_S} s\n{self._last_words()}")
+        words = "\n".join(filter(None, map(_last_words, self._children)))
+        raise DemoFailed(f"the Islands were not ready within {READY_TIMEOUT_S} s\n{words}")
 
     async def _islands_ready(self) -> bool:
         for child in self._children[1:]:
-            if child.process.returncode is not None:
-                raise DemoFailed(f"{child.label} ended before it was ready\n{self._last_words()}")
+            if child.fate is not None:
+                raise DemoFailed(f"{child.label} was not ready yet and {child.fate}\n{_last_words(child)}")
             try:
                 snapshot = await ask_status(child.data_dir)
             except NotRunning:
@@ -243,58 +281,71 @@ class Demo:
     # --- while it runs ------------------------------------------------------------------------------
 
     async def _show(self, model: str) -> None:
-        if not self._arguments.no_question:
-            self._say(f"\n> {QUESTION}")
-            closing = await ask(self._url, self._key, model, QUESTION, write=self._write)
-            self._say(f"\n{closing}")
-            self._say(_HOW_TO.format(url=self._url, key=self._key, model=model))
-        if self._console.is_terminal:
-            with Live(console=self._console, auto_refresh=False, transient=True) as live:
+        async with trio.open_nursery() as nursery:
+            if self._screen.is_terminal:
+                nursery.start_soon(self._keep_live)
+            if not self._arguments.no_question:
+                await self._ask_first_question(model)
+            self._screen.verbatim(_how_to(self._url, self._key, model, self._mesh))
+            await trio.sleep_forever()
+
+    async def _ask_first_question(self, model: str) -> None:
+        self._screen.line(f"\n> {QUESTION}", style="bold")
+        closing = ""
+        client = ChatClient(self._url, self._key)
+        messages = [{"role": "user", "content": QUESTION}]
+        self._screen.answer_begins()
+        try:
+            async with aclosing(client.ask(model, messages, ANSWER_OPTIONS)) as events:
+                async for event in events:
+                    match event:
+                        case AnswerText(text):
+                            self._screen.answer_piece(terminal_safe(text))
+                        case HandedOver(island):
+                            self._screen.answer_piece(f" [goes on at {island}] ", style="bold cyan")
+                        case Closed():
+                            closing = f"[{terminal_safe(figures(event))}]"
+                        case Answering():
+                            pass
+        except ChatFailed as failure:
+            self.question_failed = True
+            closing = f"no answer: {terminal_safe(str(failure))}"
+        self._screen.answer_ends()
+        self._screen.line(closing, style="red" if self.question_failed else "dim")
+
+    async def _keep_live(self) -> None:
+        with self._screen.live():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_table)
                 while True:
-                    live.update(await self._table(), refresh=True)
-                    await trio.sleep(REFRESH_S)
-        await trio.sleep_forever()
+                    self._screen.draw()
+                    await trio.sleep(DRAW_S)
 
-    async def _table(self) -> Table:
-        table = Table(box=None, header_style="dim", pad_edge=False)
-        for column in ("Island", "pid", "state", "RTT ms", "jobs", "tokens", "tokens/s alone"):
-            table.add_column(column, justify="left" if column in {"Island", "state"} else "right")
-        for child in self._children[1:]:
-            pid = str(child.process.pid)
-            if child.process.returncode is not None:
-                table.add_row(child.label, pid, Text("gone", style="red"))
-                continue
-            snapshot: Snapshot | None = None
-            try:
-                with trio.move_on_after(0.3):
-                    snapshot = await ask_status(child.data_dir)
-            except NotRunning:
-                pass
-            if snapshot is None or not snapshot.cargos:
-                table.add_row(child.label, pid, Text("silent", style="yellow"))
-                continue
-            cargo, load = snapshot.cargos[0], snapshot.cargos[0].load
-            rtt = next((peer.rtt_ms for peer in snapshot.peers if peer.rtt_ms is not None), None)
-            table.add_row(
-                child.label,
-                pid,
-                Text(cargo.state, style="green" if cargo.state == "ready" else "yellow"),
-                "-" if rtt is None else f"{rtt:.2f}",
-                str(len(snapshot.jobs)),
-                str(load.tokens_total) if load else "-",
-                f"{load.decode_tps:.0f}" if load else "-",
-            )
-        return table
+    async def _keep_table(self) -> None:
+        while True:
+            rows: dict[str, IslandRow] = {}
 
-    async def _watch(self, child: Child, scope: trio.CancelScope) -> None:
-        code = await child.process.wait()
+            async def look(child: Child, rows: dict[str, IslandRow] = rows) -> None:
+                rows[child.label] = await _row(child)
+
+            async with trio.open_nursery() as nursery:
+                for child in self._children[1:]:
+                    nursery.start_soon(look, child)
+            shown = [rows[child.label] for child in self._children[1:]]
+            self._screen.below(islands_table(shown, self._tally))
+            await trio.sleep(ASK_S)
+
+    async def _watch(self, child: Child) -> None:
+        await child.process.wait()
         if child.stopping:
             return
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        self._say(f"{child.label} {how}")
-        if child.label == "gateway":
-            self._say(self._last_words())
-            scope.cancel()
+        if child.label != "gateway":
+            self._say(f"{child.label} {child.fate}", style="red")
+            if all(other.fate is not None for other in self._children[1:]):
+                self._say(f"no Island is left. Start one: {_island_command(self._mesh)}", style="yellow")
+        elif self._url:  # else `_start` tells
+            words = _last_words(child) if child.process.returncode != -signal.SIGKILL else ""
+            raise DemoFailed(f"the gateway {child.fate}; the Islands were stopped\n{words}".rstrip())
 
     async def _read_logs(self, child: Child) -> None:
         assert child.process.stderr is not None  # noqa: S101 - opened with a pipe
@@ -304,8 +355,8 @@ class Demo:
             for line in lines:
                 text = line.decode("utf-8", "replace")
                 child.last_lines.append(text)
-                if (event := _told(child.label, text)) is not None:
-                    self._say(event)
+                if (told := told_untrusted(child.label, text, self._tally)) is not None:
+                    self._say(terminal_safe(told[0]), style=told[1])
 
     async def _drain(self, child: Child) -> None:
         """Keep reading standard output, so that the child never blocks on it."""
@@ -324,95 +375,116 @@ class Demo:
                     return lines
             with trio.CancelScope(shield=True), trio.move_on_after(1):
                 await child.process.wait()
-        raise DemoFailed(f"the {child.label} did not start\n{self._last_words()}")
-
-    def _last_words(self) -> str:
-        return "\n".join(
-            f"  {child.label}: {line}" for child in self._children for line in list(child.last_lines)[-5:]
-        )
+        raise DemoFailed(f"the {child.label} did not start\n{_last_words(child)}")
 
     # --- end ----------------------------------------------------------------------------------------
 
-    async def _stop_on_signal(self, scope: trio.CancelScope) -> None:
+    async def _stop_on_signal(
+        self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            impatient = False
             async for _ in signals:
-                self._say("\nstopping")
-                scope.cancel()
-                return
+                if not impatient:
+                    self._say("\nstopping")
+                    scope.cancel()
+                for child in self._children if impatient else ():
+                    child.process.kill()
+                impatient = True
 
     async def _stop(self) -> None:
-        for child in self._children:
+        remove_connection(self._connection)
+        running = [child for child in self._children if not child.stopping]
+        for child in running:
             child.stopping = True
             if child.process.returncode is None:
                 child.process.send_signal(signal.SIGCONT)  # a frozen one could not end
                 child.process.terminate()
         with trio.move_on_after(STOP_S):
-            for child in self._children:
+            for child in running:
                 await child.process.wait()
-        for child in self._children:
+        for child in running:
             if child.process.returncode is None:
                 child.process.kill()
                 await child.process.wait()
-        if self._children:
+        if running:
             self._say("stopped")
-
-    # --- words --------------------------------------------------------------------------------------
 
     @property
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._key}"}
 
-    def _say(self, text: str) -> None:
-        self._console.print(text, markup=False)
-        self._console.file.flush()
-
-    def _write(self, text: str) -> None:
-        self._console.print(text, end="", markup=False)
-        self._console.file.flush()
+    def _say(self, text: str, *, style: str = "") -> None:
+        self._screen.line(text, style=style)
 
 
-_HOW_TO: Final = """
+async def _row(child: Child) -> IslandRow:
+    name, pid = child.label, child.process.pid
+    if child.fate is not None:
+        return IslandRow(name, pid, child.fate, "bold red")
+    snapshot: Snapshot | None = None
+    try:
+        with trio.move_on_after(STATUS_PATIENCE_S):
+            snapshot = await ask_status(child.data_dir)
+    except NotRunning:
+        pass
+    if snapshot is None or not snapshot.cargos:
+        return IslandRow(name, pid, "silent", "yellow")
+    cargo, load = snapshot.cargos[0], snapshot.cargos[0].load
+    rtt_ms = next((peer.rtt_ms for peer in snapshot.peers if peer.rtt_ms is not None), None)
+    jobs = len(snapshot.jobs)
+    if cargo.state != "ready" or load is None:
+        return IslandRow(name, pid, cargo.state, "yellow", rtt_ms, jobs)
+    now = trio.current_time()
+    speed = (load.tokens_total - child.tokens) / (now - child.asked) if child.asked else None
+    child.tokens, child.asked = load.tokens_total, now
+    state, style = ("answering", "bold green") if jobs else ("ready", "green")
+    return IslandRow(name, pid, state, style, rtt_ms, jobs, load.tokens_total, speed, load.decode_tps)
+
+
+def _last_words(child: Child) -> str:
+    return "\n".join(f"  {child.label}: {readable_untrusted(line)}" for line in list(child.last_lines)[-5:])
+
+
+def _beside_us(command: str) -> str:
+    """How to call another program of this installation: as it lies, seen from here."""
+    path = Path(sys.executable).with_name(command)
+    if not path.exists():
+        return command
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def _island_command(mesh: str) -> str:
+    return (
+        f"{_beside_us('archi-node')} run --name isle --data-dir ~/.cache/archipelag/isle --coordinator {mesh}"
+    )
+
+
+def _how_to(url: str, key: str, model: str, mesh: str) -> str:
+    install = "" if find_spec("openai") else "pip install openai; "
+    return f"""
 Ask it yourself, from another terminal:
 
-  curl {url}/chat/completions -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\
+  {_beside_us("archi")} chat
+
+or with curl and the OpenAI client:
+
+  export OPENAI_BASE_URL={url}
+  export OPENAI_API_KEY={key}
+
+  curl $OPENAI_BASE_URL/chat/completions -H "Authorization: Bearer $OPENAI_API_KEY" \\
+    -H "Content-Type: application/json" \\
     -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "stream": true}}'
 
-  python -c "from openai import OpenAI; print(OpenAI(base_url='{url}', api_key='{key}').chat.completions.create(
+  {install}{_beside_us("python")} -c "from openai import OpenAI; print(OpenAI().chat.completions.create(
     model='{model}', messages=[dict(role='user', content='Hello!')]).choices[0].message.content)"
 
-  archi chat --url {url} --key {key}
+Kill an Island while it answers (kill -9 PID) and watch the sentence go on. Add one at any time:
 
-Kill an Island while it answers (kill -9 PID) and watch the sentence go on. Ctrl-C stops everything.
+  {_island_command(mesh)}
 """
-
-
-def _told(label: str, line: str) -> str | None:
-    """A log line as one for the spectator, or None if it is of no interest to her."""
-    try:
-        record = msgspec.json.decode(line, type=dict[str, Any])
-    except msgspec.DecodeError:
-        return None
-    job = str(record.get("job", ""))[:4]
-    match record.get("event"):
-        case "island":
-            return f"  {record['name']} has joined"
-        case "island lost":
-            return f"  {record['name']} is lost: {record['reason']}"
-        case "job placed" if record["hand_over"]:
-            return f"  job {job} goes on at {record['island']} from token {record['tokens']}"
-        case "job placed":
-            return f"  job {job} runs at {record['island']} (RTT {record['rtt_ms']} ms)"
-        case "job completed":
-            moved = f", {record['hand_overs']} hand-over(s)" if record["hand_overs"] else ""
-            return f"  job {job} done: {record['tokens']} tokens, {record['tps']} tokens/s{moved}"
-        case "job failed":
-            return f"  job {job} failed: {record['detail']}"
-        case "cargo state" if record["state"] == "ready":
-            return f"  {label} has loaded the model: {record['decode_tps']} tokens/s"
-        case "worker restarted":
-            return f"  {label}: the engine died and was restarted"
-        case _:
-            return None
 
 
 def _assignments(texts: list[str]) -> list[str]:

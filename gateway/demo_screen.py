@@ -1,0 +1,235 @@
+"""What the demo shows: lines that stay, and on a terminal a live part below them.
+
+The live part holds the answer that is being written and the table of Islands; events appear above it, so that
+they never break into a sentence. Without a terminal an answer is printed line by line, for the same reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+#: Rows of the terminal that the answer leaves to table and footer while it is written.
+ROWS_BELOW_ANSWER: Final = 14
+MIN_ANSWER_ROWS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class IslandRow:
+    """One Island in the table. Figures are None while it does not say."""
+
+    name: str
+    pid: int
+    state: str
+    style: str
+    rtt_ms: float | None = None
+    jobs: int | None = None
+    tokens: int | None = None
+    tokens_per_s: float | None = None
+    alone_tokens_per_s: float | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the gateway reported so far."""
+
+    answers: int = 0
+    hand_overs: int = 0
+    failures: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.answers} answered, {self.hand_overs} hand-overs, {self.failures} failed"
+
+
+class Screen:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+        self._answer: Text | None = None
+        self._unfinished_line = ""
+        self._below: RenderableType = ""
+        self._changed = False
+
+    @property
+    def is_terminal(self) -> bool:
+        return self._console.is_terminal
+
+    def line(self, text: str, *, style: str = "") -> None:
+        """Text that stays; without the live part it is written as it is, not wrapped, in no colour of ours."""
+        self._console.print(Text(text, style=style), soft_wrap=self._live is None)
+        self._console.file.flush()
+
+    def verbatim(self, text: str) -> None:
+        """As `line`, and never wrapped: for what is there to be copied."""
+        was_live = self._live is not None
+        self._stop_live()
+        self._console.print(Text(text), soft_wrap=True)
+        self._console.file.flush()
+        if was_live:
+            self._start_live()
+
+    # --- the answer ---------------------------------------------------------------------------------
+
+    def answer_begins(self) -> None:
+        self._answer, self._unfinished_line = Text(), ""
+
+    def answer_piece(self, text: str, *, style: str = "") -> None:
+        if self._answer is None:
+            self.answer_begins()
+        assert self._answer is not None  # noqa: S101 - just made
+        self._answer.append(text, style=style)
+        self._changed = True
+        if self._live is None:
+            *lines, self._unfinished_line = (self._unfinished_line + text).split("\n")
+            for line in lines:
+                self.line(line)
+
+    def answer_ends(self) -> None:
+        """What came stays on the screen, whole or not."""
+        answer, self._answer, self._changed = self._answer, None, True
+        if self._live is None:
+            if self._unfinished_line:
+                self.line(self._unfinished_line)
+                self._unfinished_line = ""
+        elif answer:
+            self._console.print(answer)
+            self.draw()
+
+    # --- the live part ------------------------------------------------------------------------------
+
+    @contextmanager
+    def live(self) -> Generator[None]:
+        """The live part is there until the block ends; then the terminal is as if it had never been."""
+        self._start_live()
+        try:
+            yield
+        finally:
+            self._stop_live()
+            if self._answer:
+                self._console.print(self._answer)
+            self._answer, self._below = None, ""
+
+    def _start_live(self) -> None:
+        # A new one each time: one that was stopped still believes that its lines are on the screen.
+        self._live = Live(
+            Group(),
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._live.start()
+        self._changed = True
+        self.draw()
+
+    def _stop_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def below(self, what: RenderableType) -> None:
+        self._below, self._changed = what, True
+
+    def draw(self) -> None:
+        """Bring the live part up to date, if something changed."""
+        if self._live is None or not self._changed:
+            return
+        self._changed = False
+        parts: list[RenderableType] = []
+        if self._answer:
+            rows = max(MIN_ANSWER_ROWS, self._console.height - ROWS_BELOW_ANSWER)
+            parts += [Text("\n").join(self._answer.wrap(self._console, self._console.width)[-rows:]), ""]
+        self._live.update(Group(*parts, self._below), refresh=True)
+
+
+def islands_table(rows: Sequence[IslandRow], tally: Tally) -> RenderableType:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("Island", "pid", "state", "RTT ms", "jobs", "tokens", "tokens/s", "alone"):
+        table.add_column(column, justify="left" if column in {"Island", "state"} else "right", no_wrap=True)
+
+    def figure(value: float | None, digits: int = 0) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    for row in rows:
+        table.add_row(
+            row.name,
+            str(row.pid),
+            Text(row.state, style=row.style),
+            figure(row.rtt_ms, 2),
+            figure(row.jobs),
+            figure(row.tokens),
+            figure(row.tokens_per_s),
+            figure(row.alone_tokens_per_s),
+        )
+    return Group(table, Text(f"{tally}. Ctrl-C stops everything.", style="dim"))
+
+
+def told_untrusted(label: str, line: str, tally: Tally) -> tuple[str, str] | None:
+    """A log line of a child as (text, style) for the spectator, or None if it is of no interest to her."""
+    try:
+        record = msgspec.json.decode(line, type=dict[str, Any])
+        teller = _TOLD.get(record["event"])
+        return teller(label, record, tally) if teller is not None else None
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return None  # not ours, or of another version
+
+
+def readable_untrusted(line: str) -> str:
+    """A log line for a person: JSON becomes `event: detail`."""
+    try:
+        record = msgspec.json.decode(line, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return line
+    rest = {name: value for name, value in record.items() if name not in {"event", "level", "timestamp"}}
+    return f"{record.get('event')}: " + ", ".join(f"{name} {value}" for name, value in rest.items())
+
+
+_Told = tuple[str, str]
+
+
+def _placed(_label: str, record: dict[str, Any], tally: Tally) -> _Told:
+    job, island = record["job"][:4], record["island"]
+    if not record["hand_over"]:
+        return f"  job {job} runs at {island} (RTT {record['rtt_ms']} ms)", "dim"
+    tally.hand_overs += 1
+    return f"  job {job} goes on at {island} from token {record['tokens']}", "bold cyan"
+
+
+def _completed(_label: str, record: dict[str, Any], tally: Tally) -> _Told:
+    tally.answers += 1
+    count = record["hand_overs"]
+    moved = f", {count} hand-over{'s' if count > 1 else ''}" if count else ""
+    return f"  job {record['job'][:4]} done: {record['tokens']} tokens{moved}", "dim"
+
+
+def _failed(_label: str, record: dict[str, Any], tally: Tally) -> _Told:
+    tally.failures += 1
+    return f"  job {record['job'][:4]} failed: {record['detail']}", "red"
+
+
+def _loaded(label: str, record: dict[str, Any], _tally: Tally) -> _Told | None:
+    if record["state"] != "ready":
+        return None
+    return f"  {label} has loaded the model: {record['decode_tps']} tokens/s", "dim"
+
+
+_TOLD: Final[dict[str, Callable[[str, dict[str, Any], Tally], _Told | None]]] = {
+    "island": lambda _label, record, _tally: (f"  {record['name']} has joined", "dim"),
+    "island lost": lambda _label, record, _tally: (
+        f"  the gateway lost {record['name']}: {record['reason']}",
+        "yellow",
+    ),
+    "job placed": _placed,
+    "job completed": _completed,
+    "job failed": _failed,
+    "cargo state": _loaded,
+}
