@@ -56,12 +56,13 @@ def main() -> int:
                 "this Python can not make virtual environments; run:  sudo apt-get install python3-venv"
             )
     say("build requirements")
-    pip("install", "--require-hashes", "-r", str(LOCKS / "build.txt"))
+    pip(count(LOCKS / "build.txt"), "install", "--require-hashes", "-r", str(LOCKS / "build.txt"))
     wheel = native_wheel()
     say(f"{count(lock)} packages")
-    pip("install", "--no-deps", str(wheel))
-    pip("install", "--require-hashes", "--no-build-isolation", "-r", str(without_native(lock)))
-    pip("install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    pip(1, "install", "--no-deps", str(wheel))
+    rest = without_native(lock)
+    pip(count(rest), "install", "--require-hashes", "--no-build-isolation", "-r", str(rest))
+    pip(1, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     remove_obsolete_stubs()
     STAMP.write_text(stamp)
     say(f"ready after {time.monotonic() - started:.0f} s")
@@ -99,8 +100,8 @@ def native_wheel() -> Path:
         return built
     say("native engine (llama.cpp): a few minutes on two cores")
     partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    source = native_source(partial)
     slimming = f"-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE={slim}"
     environment = {
         **os.environ,
@@ -109,7 +110,8 @@ def native_wheel() -> Path:
     }
     command = [
         *(str(PYTHON), "-m", "pip", "wheel", "-v", "--no-deps", "--no-cache-dir", "--no-build-isolation"),
-        *("--require-hashes", "-w", str(partial), "-r", str(LOCKS / "native.txt")),
+        # Object files stay where they are, so that an interrupted build goes on where it stopped.
+        *("-C", f"build-dir={partial / 'objects'}", "-w", str(partial), str(source)),
     ]
     log = partial / "build.log"
     with (
@@ -127,13 +129,33 @@ def native_wheel() -> Path:
                 progress(int(step[1]), int(step[2]))
                 shown = time.monotonic()
     if sys.stdout.isatty():
-        print()
+        print("\r" + " " * 30 + "\r", end="", flush=True)
     if build.returncode != 0:
         tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-25:])
         raise SystemExit(fail(f"the native engine did not build; the end of {log}:\n{tail}"))
+    shutil.rmtree(partial / "objects")
+    shutil.rmtree(source)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return next(folder.glob("llama_cpp_python-*.whl"))
+
+
+def native_source(partial: Path) -> Path:
+    """llama-cpp-python's source, checked against the lock and unpacked once."""
+    source = partial / "source"
+    if source.is_dir():
+        return source
+    lock = LOCKS / "native.txt"
+    options = ("--no-deps", "--no-build-isolation", "--require-hashes", "--no-binary", ":all:")
+    pip(1, "download", *options, "-d", str(partial), "-r", str(lock))
+    archive = next(partial.glob("llama_cpp_python-*.tar.gz"))
+    unpacked = partial / "unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)
+    shutil.unpack_archive(archive, unpacked)
+    next(unpacked.iterdir()).rename(source)  # whole or not there
+    unpacked.rmdir()
+    archive.unlink()
+    return source
 
 
 def cpu_key() -> str:
@@ -166,12 +188,36 @@ def remove_obsolete_stubs() -> None:
         shutil.rmtree(stubs)
 
 
-def pip(*arguments: str) -> None:
-    command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments]
-    if not sys.stdout.isatty():
-        command.append("--quiet")
-    if subprocess.run(command, check=False).returncode != 0:
-        raise SystemExit(fail("pip failed; its own words are above. Is the package index within reach?"))
+def pip(total: int, *arguments: str) -> None:
+    """Run pip quietly: a counter of packages while it works, its own words if it fails."""
+    command = [
+        *(str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", "--no-color"),
+        *(*arguments, "--progress-bar", "off"),
+    ]
+    lines: list[str] = []
+    done = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None  # noqa: S101 - Popen(stdout=PIPE) guarantees it
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(("Collecting ", "Requirement already satisfied", "Processing ")):
+                done += 1
+                if total > 1 and sys.stdout.isatty():
+                    print(f"\r  fetching {min(done, total)}/{total} ", end="", flush=True)
+            elif line.startswith("Installing collected packages") and total > 1 and sys.stdout.isatty():
+                print("\r  installing          ", end="", flush=True)
+            elif "WARNING: Retrying" in line:
+                print(f"\n  {line.strip()[:160]}", flush=True)
+    if total > 1 and sys.stdout.isatty():
+        print("\r" + " " * 30 + "\r", end="", flush=True)
+    if process.returncode != 0:
+        words = "".join(lines[-15:])
+        raise SystemExit(
+            fail(
+                f"pip failed:\n{words}Is the package index within reach? A mirror goes into PIP_INDEX_URL, "
+                "a proxy into HTTPS_PROXY; then run it again."
+            )
+        )
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -205,6 +251,10 @@ def fail(text: str) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except OSError as error:
+        sys.exit(
+            fail(f"{error.filename or 'the system'}: {error.strerror}. Is the checkout whole, the disk full?")
+        )
     except KeyboardInterrupt:
         print("\nsetup: interrupted; run it again to go on", file=sys.stderr)
         sys.exit(130)
