@@ -7,6 +7,7 @@ environment, build requirements, the native engine (llama.cpp: the long part, ca
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -16,6 +17,8 @@ import sys
 import sysconfig
 import time
 import venv
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +44,30 @@ def main() -> int:
     stamp = fingerprint(
         [lock, LOCKS / "build.txt", LOCKS / "native.txt", ROOT / "pyproject.toml", Path(__file__)]
     )
-    if STAMP.exists() and STAMP.read_text() == stamp and PYTHON.exists():
+    if prepared(stamp):
         return 0
+    with only_one():
+        return 0 if prepared(stamp) else prepare(lock, stamp)
+
+
+def prepared(stamp: str) -> bool:
+    return STAMP.exists() and STAMP.read_text() == stamp and PYTHON.exists()
+
+
+@contextmanager
+def only_one() -> Generator[None]:
+    """One set-up at a time in a checkout: a second `make` waits for the first."""
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    with (ROOT / ".cache" / "setup.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another set-up is running here; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def prepare(lock: Path, stamp: str) -> int:
     started = time.monotonic()
     missing = missing_system_packages()
     if missing and not install_system_packages(missing):
@@ -252,9 +277,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except OSError as error:
-        sys.exit(
-            fail(f"{error.filename or 'the system'}: {error.strerror}. Is the checkout whole, the disk full?")
-        )
+        sys.exit(fail(f"{error.filename or 'the system'}: {error.strerror}. Checkout whole? Disk full?"))
     except KeyboardInterrupt:
         print("\nsetup: interrupted; run it again to go on", file=sys.stderr)
         sys.exit(130)
