@@ -1,59 +1,44 @@
-"""The gateway's side of the mesh: keeps the book of Islands and drives one supervisor per job.
+"""The gateway's side of the mesh: keeps the book of Islands, streams ready for jobs, and the jobs.
 
-The driver is short on purpose: a supervisor (`routing.supervision`) says what should happen, this module makes
-it happen over libp2p streams and hands the events to the HTTP side.
+One job is `gateway.mesh_job`.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Final, Literal, TypeVarTuple, Unpack, cast
+from typing import Final, NamedTuple
 
 import structlog
 import trio
 
-from gateway.service import Completed, Failed, FailureCode, JobEvent, ModelInfo, Placed, Preparing, Released
-from node.p2p import Host, StreamBroken, Unreachable
+from gateway.mesh_job import MeshJob, Stream
+from gateway.service import ModelInfo
+from node.p2p import Host, Unreachable
 from node.peers import PeerDown, PeerEvent, Peers
+from node.rpc import Refused
 from node.streams import MessageStream
-from protocol.adverts import ADVERT, ADVERT_KIND, METHOD_ADVERT, Accepted
+from protocol.adverts import ADVERT, ADVERT_KIND, METHOD_ADVERT, Accepted, OfferedCargo
 from protocol.codec import Codec
 from protocol.envelope import Envelope, open_untrusted
 from protocol.errors import Fault, ProtocolError
-from protocol.ids import CargoDigest, JobId, PeerId
+from protocol.ids import CargoDigest, JobId, PeerId, cargo_digest_untrusted
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant, UnixNs
-from protocol.jobs import FROM_ISLAND, JOB_PROTOCOL, TO_ISLAND, FromIsland, JobOffer, ToIsland
-from protocol.machine import Disconnect, Emit, Input, Ordered, PeerLost, Received, Send, Woken
+from protocol.jobs import FROM_ISLAND, JOB_PROTOCOL, TO_ISLAND
 from protocol.work import Work
 from routing.islands import Island, IslandBook
-from routing.job_events import (
-    Abort,
-    Command,
-    Consumed,
-    IslandFailed,
-    IslandsChanged,
-    JobCompleted,
-    JobFailed,
-    JobPlaced,
-    JobPreparing,
-    JobWaiting,
-    Start,
-    SupervisionPolicy,
-    TokensReleased,
-)
+from routing.job_events import SupervisionPolicy
 from routing.placement import rank, shape_of
-from routing.supervision import JobSupervisor
 
 #: Job streams kept open in advance per Island: opening one costs a protocol negotiation, which a first token
 #: should not wait for. One is refilled while the other is used.
 READY_STREAMS: Final = 2
 
-#: Preparation notices that may wait for a consumer who does not read; more are dropped, they are not data.
-MAX_WAITING_NOTICES: Final = 32
+#: Filling up an Island's ready streams may take this long; the next job tries again.
+FILL_S: Final = 10.0
 
 #: A stream that was taken is replaced this much later: not while its job waits for its first token.
 REFILL_AFTER_S: Final = 0.05
@@ -61,19 +46,25 @@ REFILL_AFTER_S: Final = 0.05
 #: Cargos whose first appearance is remembered (the models list shows it); the oldest is forgotten first.
 MAX_CARGOS_SEEN: Final = 4096
 
-#: An orderly close of a job stream may take this long before it is cut.
-CLOSE_S: Final = 1.0
+#: Adverts of one Island that come closer together are refused: each costs a signature check and a look at the
+#: waiting jobs. Islands wait five times as long.
+MIN_ADVERT_GAP_NS: Final = 10 * MILLISECOND_NS
 
 #: How often Islands whose adverts stopped are looked for.
 EXPIRY_CHECK_S: Final = 1.0
 
-Stream = MessageStream[ToIsland, FromIsland]
-JobInput = Input[PeerId, FromIsland, Command]
 ENVELOPE: Final[Codec[Envelope]] = Codec(Envelope)
 
-Ts = TypeVarTuple("Ts")
-
 _log = structlog.get_logger("mesh")
+
+
+class _Naming(NamedTuple):
+    """What an Island says of a Cargo besides its digest."""
+
+    name: str
+    version: str
+    runtime: str
+    publisher: str
 
 
 class Mesh:
@@ -97,6 +88,9 @@ class Mesh:
         self.unix_offset_ns: Final = unix_now() - now()
         self.book: IslandBook[PeerId] = IslandBook()
         self._first_seen: dict[CargoDigest, int] = {}
+        self._called: dict[CargoDigest, _Naming] = {}
+        self._filling: set[PeerId] = set()
+        self._waiting: dict[JobId, MeshJob] = {}
         self._ready: dict[PeerId, deque[Stream]] = {}
         self._jobs: dict[JobId, MeshJob] = {}
         self._nursery: trio.Nursery
@@ -147,6 +141,7 @@ class Mesh:
         finally:
             job.abort()
             del self._jobs[job.id]
+            self._waiting.pop(job.id, None)
 
     # --- what jobs ask ------------------------------------------------------------------------------
 
@@ -163,37 +158,47 @@ class Mesh:
     def rtt_ns(self, peer: PeerId) -> int:
         return self._peers.rtt_ns(peer) or 0
 
-    async def job_stream(self, peer: PeerId) -> Stream:
-        """A stream that is ready, or a new one. Raises Unreachable."""
+    def note_waiting(self, job: MeshJob, *, waiting: bool) -> None:
+        """Whether it wants to hear of Islands that appear or become free."""
+        if waiting:
+            self._waiting[job.id] = job
+        else:
+            self._waiting.pop(job.id, None)
+
+    def ready_stream(self, peer: PeerId) -> Stream | None:
+        """One that is kept ready, if there is one; it may have broken meanwhile. Another takes its place."""
         ready = self._ready.get(peer)
         self._want_stream(peer)
-        if ready:
-            return ready.popleft()
-        return await self._open(peer)
+        return ready.popleft() if ready else None
 
-    # --- upkeep -------------------------------------------------------------------------------------
-
-    async def _open(self, peer: PeerId) -> Stream:
+    async def open_stream(self, peer: PeerId) -> Stream:
         return MessageStream(await self._host.open_stream(peer, JOB_PROTOCOL), TO_ISLAND, FROM_ISLAND)
 
     async def _take_advert(self, peer: PeerId, envelope: Envelope) -> Accepted:
+        known = self.book.get(peer)
+        if known is not None and self.now() - known.heard < MIN_ADVERT_GAP_NS:
+            raise Refused("busy", "adverts come too close together")
         opened = open_untrusted(envelope, ADVERT_KIND, ADVERT, self._unix_now())
         if opened.issuer != peer:
             raise ProtocolError(Fault.WRONG_ISSUER, "an advert must come from the Island itself")
-        known = self.book.get(peer) is not None
+        digests = [cargo_digest_untrusted(offered.digest) for offered in opened.body.cargos]
+        if len(set(digests)) < len(digests):
+            raise ProtocolError(Fault.MALFORMED, "a Cargo stands twice in one advert")
         if self.book.admit(self.now(), peer, opened.body, opened.sequence):
-            for offered in opened.body.cargos:
-                self._first_seen.setdefault(CargoDigest(offered.digest), self._unix_now() // SECOND_NS)
+            for digest in digests:
+                self._first_seen.setdefault(digest, self._unix_now() // SECOND_NS)
                 if len(self._first_seen) > MAX_CARGOS_SEEN:
-                    del self._first_seen[next(iter(self._first_seen))]
-            if not known:
+                    oldest = next(iter(self._first_seen))
+                    del self._first_seen[oldest]
+                    self._called.pop(oldest, None)
+            if known is None:
                 _log.info("island", name=opened.body.name, peer=peer, cargos=len(opened.body.cargos))
                 self._want_stream(peer)
             self._tell_jobs()
         return Accepted()
 
     def _tell_jobs(self) -> None:
-        for job in tuple(self._jobs.values()):
+        for job in tuple(self._waiting.values()):
             job.islands_changed()
 
     def _want_stream(self, peer: PeerId) -> None:
@@ -202,20 +207,24 @@ class Mesh:
 
     async def _keep_streams_ready(self, nursery: trio.Nursery) -> None:
         async for peer in self._refills:
-            nursery.start_soon(self._fill, peer)
+            if peer not in self._filling:  # one that fills sees what was taken meanwhile
+                self._filling.add(peer)
+                nursery.start_soon(self._fill, peer)
 
     async def _fill(self, peer: PeerId) -> None:
-        await trio.sleep(REFILL_AFTER_S)
         try:
-            with trio.move_on_after(10):
-                while self.book.get(peer) is not None:
-                    ready = self._ready.setdefault(peer, deque())
-                    if len(ready) >= READY_STREAMS:
+            await trio.sleep(REFILL_AFTER_S)
+            with trio.move_on_after(FILL_S):
+                while self.book.get(peer) is not None and len(self._ready.get(peer, ())) < READY_STREAMS:
+                    stream = await self.open_stream(peer)
+                    if self.book.get(peer) is None:
+                        stream.reset()  # it left meanwhile
                         return
-                    stream = await self._open(peer)
                     self._ready.setdefault(peer, deque()).append(stream)
         except Unreachable:
             pass  # the peer table will say so soon
+        finally:
+            self._filling.discard(peer)
 
     def _on_peer(self, event: PeerEvent) -> None:
         if isinstance(event, PeerDown):
@@ -223,282 +232,47 @@ class Mesh:
 
     async def _expire(self) -> None:
         while True:
+            before = self.now()
             await trio.sleep(EXPIRY_CHECK_S)
+            if self.now() - before > 2 * EXPIRY_CHECK_S * SECOND_NS:
+                continue  # we were stopped: their adverts wait in our sockets
             for peer in self.book.expire(self.now()):
-                self._drop(peer, "adverts stopped")
+                _log.info("island lost", peer=peer, reason="adverts stopped")
+                self._drop_ready(peer)
 
     def _drop(self, peer: PeerId, reason: str) -> None:
         name = self.name_of(peer)
         if self.book.lost(peer):
             _log.info("island lost", name=name, peer=peer, reason=reason)
+        self._drop_ready(peer)
+
+    def _drop_ready(self, peer: PeerId) -> None:
         for stream in self._ready.pop(peer, ()):
             stream.reset()
 
     def _model_info(self, digest: CargoDigest, islands: list[Island[PeerId]]) -> ModelInfo:
         offers = [offered for island in islands if (offered := island.cargo(digest)) is not None]
         ready = [offered for offered in offers if offered.state == "ready"]
-        first = (ready or offers)[0]
+        called = self._name_cargo(digest, offers)
         return ModelInfo(
-            id=first.name,
+            id=called.name,
             digest=digest,
-            version=first.version,
-            runtime=first.runtime,
-            context_length=min(offered.context_length for offered in ready or offers),
-            publisher=first.publisher,
+            version=called.version,
+            runtime=called.runtime,
+            context_length=max(offered.context_length for offered in ready or offers),
+            publisher=called.publisher,
             islands=len(offers),
             ready=len(ready),
             decode_tps=max(offered.decode_tps for offered in offers),
             first_seen_unix_s=self._first_seen.get(digest, 0),
         )
 
-
-class _Attempt:
-    """One stream to one Island."""
-
-    def __init__(self, peer: PeerId, offer: JobOffer) -> None:
-        self.peer: Final = peer
-        self.offer: Final = offer
-        self.scope: Final = trio.CancelScope()
-        self.stream: Stream | None = None
-        self.offered = False
-        self.orderly = False
-        # Grants and a cancel that came before the offer was out: the supervisor makes few of them.
-        self.waiting: list[ToIsland] = []
-
-
-class MeshJob:
-    """One job: its supervisor, its present attempt, and the events that the consumer has not taken yet.
-
-    The queue of events is bounded by the supervisor's window (tokens) and MAX_WAITING_NOTICES (the rest).
-    """
-
-    def __init__(
-        self,
-        mesh: Mesh,
-        nursery: trio.Nursery,
-        job: JobId,
-        cargo: CargoDigest,
-        work: Work,
-        *,
-        policy: SupervisionPolicy,
-    ) -> None:
-        self._nursery = nursery
-        self.id: JobId = job
-        self._mesh = mesh
-        self._cargo = cargo
-        self._events: deque[JobEvent] = deque()
-        self._arrived = trio.Event()
-        self._over = False
-        self._tokens = 0
-        self._attempt: _Attempt | None = None
-        self._placed: JobPlaced[PeerId] | None = None
-        self._began = mesh.now()
-        self._timer: Instant | None = None
-        self._timer_moved = trio.Event()
-        self._supervisor: JobSupervisor[PeerId] = JobSupervisor(
-            job,
-            cargo,
-            work,
-            lambda now, excluded, done: mesh.place(cargo, work, now, excluded, done),
-            policy=policy,
-            unix_offset_ns=mesh.unix_offset_ns,
-            name_of=mesh.name_of,
-            consumer=mesh.peer,
-        )
-
-    def begin(self) -> None:
-        self._nursery.start_soon(self._guard, self._keep_time)
-        self._feed(Ordered(Start()))
-
-    def abort(self) -> None:
-        self._feed(Ordered(Abort()))
-
-    def islands_changed(self) -> None:
-        self._feed(Ordered(IslandsChanged()))
-
-    async def __aiter__(self) -> AsyncIterator[JobEvent]:
-        while True:
-            while not self._events:
-                if self._over:
-                    return
-                self._arrived = trio.Event()
-                await self._arrived.wait()
-            event = self._events.popleft()
-            yield event
-            if isinstance(event, Released):
-                self._feed(Ordered(Consumed(event.first + len(event.tokens))))
-
-    # --- the interpreter of the supervisor's effects -------------------------------------------------
-
-    def _feed(self, what: JobInput) -> None:
-        for effect in self._supervisor.receive(self._mesh.now(), what):
-            match effect:
-                case Send(peer, JobOffer() as offer):
-                    self._open_attempt(peer, offer)
-                case Send(peer, message):
-                    self._send(peer, message)
-                case Disconnect(peer, reason):
-                    self._close_attempt(peer, orderly=reason in {"done", "rejected"})
-                case Emit(event):
-                    self._take(event)
-                case _:
-                    pass
-        wake = self._supervisor.next_wake()
-        if wake is not None and (self._timer is None or wake < self._timer):
-            self._timer_moved.set()
-        if self._supervisor.ended:
-            self._over = True
-            self._arrived.set()
-            self._timer_moved.set()
-
-    async def _guard(self, task: Callable[[Unpack[Ts]], Awaitable[None]], *args: *Ts) -> None:
-        """The outermost boundary of a job's tasks: a bug of ours ends this job, not the gateway."""
-        try:
-            await task(*args)
-        except Exception:  # noqa: BLE001 - see above
-            _log.exception("job task failed", job=self.id)
-            self._put(Failed("exhausted", "internal error"))
-            self._over = True
-
-    async def _keep_time(self) -> None:
-        while (wake := self._supervisor.next_wake()) is not None:
-            self._timer = wake
-            self._timer_moved = trio.Event()
-            with trio.move_on_after(max(0, wake - self._mesh.now()) / SECOND_NS):
-                await self._timer_moved.wait()
-                continue
-            self._timer = None
-            self._feed(Woken())
-
-    def _open_attempt(self, peer: PeerId, offer: JobOffer) -> None:
-        attempt = self._attempt = _Attempt(peer, offer)
-        self._mesh.book.reserve(peer)
-        self._nursery.start_soon(self._guard, self._run_attempt, attempt)
-
-    def _send(self, peer: PeerId, message: ToIsland) -> None:
-        attempt = self._attempt
-        if attempt is None or attempt.peer != peer:
-            return
-        if attempt.stream is None or not attempt.offered:
-            attempt.waiting.append(message)
-            return
-        with suppress(StreamBroken):  # the attempt's reader finds out too, and tells the supervisor
-            if not attempt.stream.send_nowait(message):
-                # Grants only ever grow, so one that overtakes another does no harm.
-                self._nursery.start_soon(self._guard, _send_later, attempt.stream, message)
-
-    def _close_attempt(self, peer: PeerId, *, orderly: bool) -> None:
-        attempt = self._attempt
-        if attempt is not None and attempt.peer == peer:
-            self._attempt = None
-            attempt.orderly = orderly
-            attempt.scope.cancel()
-
-    async def _run_attempt(self, attempt: _Attempt) -> None:
-        peer = attempt.peer
-        try:
-            with attempt.scope:
-                stream = attempt.stream = await self._mesh.job_stream(peer)
-                await stream.send(attempt.offer)
-                attempt.offered = True
-                for message in attempt.waiting:
-                    await stream.send(message)
-                while (answer := await stream.receive()) is not None:
-                    self._feed(Received(peer, answer))
-        except (StreamBroken, Unreachable, ProtocolError) as error:
-            _log.info("attempt broken", job=self.id[:8], peer=peer[-8:], reason=str(error))
-        finally:
-            self._mesh.book.release(peer)
-            if attempt.stream is not None:
-                await self._end_stream(attempt.stream, orderly=attempt.orderly)
-        if self._attempt is attempt:
-            self._attempt = None
-            self._feed(PeerLost(peer))
-
-    async def _end_stream(self, stream: Stream, *, orderly: bool) -> None:
-        if orderly:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S), suppress(StreamBroken):
-                await stream.aclose()
-        else:
-            stream.reset()
-
-    # --- the supervisor's events to the HTTP side ----------------------------------------------------
-
-    def _take(self, event: object) -> None:
-        match event:
-            case TokensReleased(first, tokens):
-                self._show_placed()
-                self._tokens = first + len(tokens)
-                self._put(Released(first, tokens))
-            case JobPlaced():
-                self._placed = cast("JobPlaced[PeerId]", event)
-            case JobPreparing(stage, done, total):
-                if stage != "loading":
-                    self._show_placed()
-                self._notice(Preparing(stage, done, total))
-            case JobWaiting():
-                self._notice(Preparing("waiting", 0, 0))
-            case IslandFailed():
-                failed = cast("IslandFailed[PeerId]", event)
-                _log.warning(
-                    "island failed a job",
-                    job=self.id[:8],
-                    island=self._mesh.name_of(failed.peer),
-                    reason=failed.reason,
-                )
-                self._mesh.book.suspect(self._mesh.now(), failed.peer)
-            case JobCompleted():
-                self._show_placed()
-                self._complete(cast("JobCompleted[PeerId]", event))
-            case JobFailed(code, detail, retry_after_ms):
-                _log.info("job failed", job=self.id[:8], code=code, detail=detail)
-                self._put(Failed(cast("FailureCode", code), detail, retry_after_ms))
-            case _:
-                pass
-
-    def _complete(self, event: JobCompleted[PeerId]) -> None:
-        usage = event.usage
-        tps = usage.generated_tokens * SECOND_NS / usage.decode_ns if usage.decode_ns > 0 else 0.0
-        if usage.generated_tokens > 1:
-            self._mesh.book.measured(event.peer, self._cargo, tps)
-        _log.info(
-            "job completed",
-            job=self.id[:8],
-            tokens=usage.completion_tokens,
-            tps=round(tps),
-            hand_overs=event.hand_overs,
-            receipt="valid" if event.receipt is not None else "invalid",
-        )
-        finish = cast("Literal['stop', 'length']", event.finish)  # the supervisor admits no other
-        self._put(Completed(finish, event.tail, usage, event.hand_overs, self._mesh.name_of(event.peer)))
-
-    def _show_placed(self) -> None:
-        """The Island has begun to work on it: only now is the time in queues known."""
-        placed, self._placed = self._placed, None
-        if placed is not None:
-            peer = placed.peer
-            queue_ns = self._mesh.now() - self._began
-            name, rtt_ns = self._mesh.name_of(peer), self._mesh.rtt_ns(peer)
-            self._put(Placed(name, peer, rtt_ns, queue_ns, placed.hand_over))
-            _log.info(
-                "job placed",
-                job=self.id[:8],
-                island=name,
-                hand_over=placed.hand_over,
-                tokens=self._tokens,
-                rtt_ms=round(rtt_ns / MILLISECOND_NS, 2),
-                queue_ms=queue_ns // MILLISECOND_NS,
-            )
-
-    def _notice(self, event: Preparing) -> None:
-        if len(self._events) < MAX_WAITING_NOTICES:
-            self._put(event)
-
-    def _put(self, event: JobEvent) -> None:
-        self._events.append(event)
-        self._arrived.set()
-
-
-async def _send_later(stream: Stream, message: ToIsland) -> None:
-    with suppress(StreamBroken):
-        await stream.send(message)
+    def _name_cargo(self, digest: CargoDigest, offers: list[OfferedCargo]) -> _Naming:
+        """What most Islands call it, and on a tie what it was called before: one liar renames nothing."""
+        counts = Counter(_Naming(o.name, o.version, o.runtime, o.publisher) for o in offers)
+        naming, count = counts.most_common(1)[0]
+        before = self._called.get(digest)
+        if before is not None and counts[before] == count:
+            return before
+        self._called[digest] = naming
+        return naming

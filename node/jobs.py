@@ -6,7 +6,9 @@ the job's life: when it breaks or closes, the session in the runtime ends and it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,13 +40,22 @@ from protocol.jobs import (
     ToIsland,
     Token,
 )
-from protocol.limits import MAX_REMOTE_TEXT_CHARS, MAX_TOKENS_PER_FRAME
+from protocol.limits import MAX_REMOTE_TEXT_CHARS, MAX_TOKEN_WINDOW, MAX_TOKENS_PER_FRAME
 
 #: Receipts are claimed within minutes; a month leaves room for disputes and for a gateway that was away.
 RECEIPT_TTL_NS: Final = 30 * 24 * 3600 * SECOND_NS
 
 #: What a busy Island suggests: about the time in which one of its slots becomes free.
 BUSY_RETRY_MS: Final = 500
+
+#: A stream that waits this long for its offer is kept in reserve. A gateway keeps two or so; with more than
+#: MAX_RESERVE_STREAMS of them it holds places that others need, and the newest are reset.
+RESERVE_AFTER_S: Final = 30.0
+MAX_RESERVE_STREAMS: Final = 32
+
+#: A gateway may grant a whole context at once; we hold at most MAX_TOKEN_WINDOW tokens that it has not taken,
+#: and move the engine on in steps of this.
+GRANT_STEP: Final = MAX_TOKEN_WINDOW // 4
 
 #: After the last message the gateway closes the stream; one that does not may not hold a task for ever.
 LINGER_S: Final = 5.0
@@ -92,7 +103,9 @@ class JobService:
         self._queue = queue
         self._unix_now = unix_now
         self._changed = changed
-        self._receipts = 0
+        # Later than any number of an earlier run, so that no receipt looks like a replay.
+        self._receipts: int = unix_now()
+        self._reserve: Counter[PeerId] = Counter()
         self.jobs: dict[int, RunningJob] = {}
         self.counters = JobCounters()
         self.draining = False
@@ -101,7 +114,7 @@ class JobService:
         """Serve one job stream until its end."""
         stream: Stream = MessageStream(byte_stream, FROM_ISLAND, TO_ISLAND)
         try:
-            offer = await stream.receive()
+            offer = await self._await_offer(stream)
             if offer is None:
                 return  # a stream kept ready in advance and not needed
             if not isinstance(offer, JobOffer):
@@ -114,9 +127,25 @@ class JobService:
         except StreamBroken:
             pass  # the gateway is gone, and with it whoever wanted the answer
 
+    async def _await_offer(self, stream: Stream) -> ToIsland | None:
+        """The stream's first message; None if it ends without one."""
+        with trio.move_on_after(RESERVE_AFTER_S):
+            return await stream.receive()
+        if self._reserve[stream.peer] >= MAX_RESERVE_STREAMS:
+            _log.warning("too many streams without an offer", peer=stream.peer)
+            stream.reset()
+            return None
+        self._reserve[stream.peer] += 1
+        try:
+            return await stream.receive()
+        finally:
+            self._reserve[stream.peer] -= 1
+            if not self._reserve[stream.peer]:
+                del self._reserve[stream.peer]
+
     async def _serve(self, stream: Stream, offer: JobOffer) -> None:
         runtime = self._runtimes.get(offer.cargo)
-        refusal = self._refusal(runtime)
+        refusal = self._refusal(offer.cargo, runtime)
         if runtime is None or refusal is not None:
             self.counters.rejected += 1
             await stream.send(refusal or JobReject("unknown-cargo"))
@@ -142,7 +171,7 @@ class JobService:
         if ended:
             await _linger(stream)
 
-    def _refusal(self, runtime: Runtime | None) -> JobReject | None:
+    def _refusal(self, cargo: str, runtime: Runtime | None) -> JobReject | None:
         if runtime is None:
             return JobReject("unknown-cargo", "this Island does not run that Cargo")
         if self.draining:
@@ -150,8 +179,11 @@ class JobService:
         load = runtime.load()
         if load.state == "failed":
             return JobReject("unknown-cargo", load.detail[:MAX_REMOTE_TEXT_CHARS])
-        if load.queued >= self._queue:
-            return JobReject("busy", f"{load.queued} jobs wait", BUSY_RETRY_MS)
+        # The runtime's own count may lag behind a burst of offers; ours does not.
+        here = sum(1 for job in self.jobs.values() if job.cargo == cargo)
+        waiting = max(load.queued, here - load.slots)
+        if waiting >= self._queue and (load.queued or here >= load.slots):
+            return JobReject("busy", f"{waiting} jobs wait", BUSY_RETRY_MS)
         return None
 
     async def _run(self, stream: Stream, offer: JobOffer, runtime: Runtime, job: RunningJob) -> bool:
@@ -160,13 +192,18 @@ class JobService:
         async with trio.open_nursery() as nursery:
             scope = trio.move_on_after(offer.deadline_ms * MILLISECOND_NS / SECOND_NS)
             with scope:
-                async with runtime.session(offer.work, resume=offer.resume, granted=offer.granted) as session:
-                    nursery.start_soon(_obey, stream, session, scope)
-                    ended = await self._stream_out(stream, offer, session, job)
+                granted = min(offer.granted, len(offer.resume) + MAX_TOKEN_WINDOW)
+                async with runtime.session(offer.work, resume=offer.resume, granted=granted) as session:
+                    window = _Window(session, len(offer.resume), granted, offer.granted)
+                    nursery.start_soon(_obey, stream, window, scope)
+                    with suppress(StreamBroken):  # here: the nursery would wrap it in a group
+                        ended = await self._stream_out(stream, offer, session, window, job)
             nursery.cancel_scope.cancel()
         return ended
 
-    async def _stream_out(self, stream: Stream, offer: JobOffer, session: Session, job: RunningJob) -> bool:
+    async def _stream_out(
+        self, stream: Stream, offer: JobOffer, session: Session, window: _Window, job: RunningJob
+    ) -> bool:
         started = self._unix_now()
         try:
             while True:
@@ -180,6 +217,7 @@ class JobService:
                         job.tokens += len(tokens)
                         for start, part in _frames(tokens):
                             await stream.send(JobTokens(first + start, part))
+                        window.sent(first + len(tokens))
                     case Finished():
                         job.state = "done"
                         self.counters.done += 1
@@ -196,7 +234,7 @@ class JobService:
         return True
 
     def _done(self, offer: JobOffer, end: Finished, consumer: PeerId, started: UnixNs) -> JobDone:
-        now = self._unix_now()
+        now = UnixNs(max(started, self._unix_now()))  # civil time may have been set back meanwhile
         receipt = Receipt(
             job=offer.job,
             cargo=offer.cargo,
@@ -217,18 +255,44 @@ class JobService:
         return JobDone(end.finish, end.tail, end.usage, envelope)
 
 
+class _Window:
+    """What the gateway granted, cut to what we are willing to hold for it."""
+
+    def __init__(self, session: Session, sent: int, granted: int, asked: int) -> None:
+        self._session = session
+        self._sent = sent
+        self._granted = granted
+        self._asked = asked
+
+    def grant(self, until: int) -> None:
+        """The gateway allows tokens below this index."""
+        self._asked = max(self._asked, until)
+        self._pass_on()
+
+    def sent(self, until: int) -> None:
+        """Tokens below this index have left."""
+        self._sent = until
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        until = min(self._asked, self._sent + MAX_TOKEN_WINDOW)
+        if until > self._granted and (until == self._asked or until >= self._granted + GRANT_STEP):
+            self._granted = until
+            self._session.grant(until)
+
+
 def _frames(tokens: tuple[Token, ...]) -> Iterator[tuple[int, tuple[Token, ...]]]:
     for start in range(0, len(tokens), MAX_TOKENS_PER_FRAME):
         yield start, tokens[start : start + MAX_TOKENS_PER_FRAME]
 
 
-async def _obey(stream: Stream, session: Session, scope: trio.CancelScope) -> None:
+async def _obey(stream: Stream, window: _Window, scope: trio.CancelScope) -> None:
     """Take the gateway's grants; end the job when it cancels, closes or breaks the stream."""
     try:
         while (message := await stream.receive()) is not None:
             match message:
                 case JobGrant(until=until):
-                    session.grant(until)
+                    window.grant(until)
                 case JobCancel():
                     break
                 case JobOffer():

@@ -1,0 +1,342 @@
+"""One job on the mesh: drives its supervisor over streams and hands its events to the HTTP side."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, Literal, TypeVarTuple, Unpack, cast
+
+import structlog
+import trio
+
+from gateway.service import Completed, Failed, FailureCode, JobEvent, Placed, Preparing, Released
+from node.p2p import StreamBroken, Unreachable
+from node.streams import MessageStream
+from protocol.errors import ProtocolError
+from protocol.ids import CargoDigest, JobId, PeerId
+from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
+from protocol.jobs import FromIsland, JobOffer, ToIsland
+from protocol.machine import Disconnect, Emit, Input, Ordered, PeerLost, Received, Send, Woken
+from protocol.work import Work
+from routing.job_events import (
+    Abort,
+    Command,
+    Consumed,
+    IslandFailed,
+    IslandsChanged,
+    JobCompleted,
+    JobFailed,
+    JobPlaced,
+    JobPreparing,
+    JobWaiting,
+    SpeedSeen,
+    Start,
+    SupervisionPolicy,
+    TokensReleased,
+)
+from routing.supervision import JobSupervisor
+
+if TYPE_CHECKING:
+    from gateway.mesh import Mesh
+
+#: Preparation notices that may wait for a consumer who does not read; more are dropped, they are not data.
+MAX_WAITING_NOTICES: Final = 32
+
+#: An orderly close of a job stream may take this long before it is cut.
+CLOSE_S: Final = 1.0
+
+#: A timer that fires later than this says that this process was stopped or blocked. What Islands sent meanwhile
+#: waits unread, so they get PARDON_S before anybody is called stalled: enough to read a window of each.
+LATE_NS: Final = 250 * MILLISECOND_NS
+PARDON_S: Final = 0.25
+
+Stream = MessageStream[ToIsland, FromIsland]
+JobInput = Input[PeerId, FromIsland, Command]
+
+Ts = TypeVarTuple("Ts")
+
+_log = structlog.get_logger("mesh")
+
+
+class _Attempt:
+    """One stream to one Island."""
+
+    def __init__(self, peer: PeerId, offer: JobOffer) -> None:
+        self.peer: Final = peer
+        self.offer: Final = offer
+        self.scope: Final = trio.CancelScope()
+        self.stream: Stream | None = None
+        self.offered = False
+        self.orderly = False
+        # What is to be said but can not be now: before the offer, or while the Island does not read. One
+        # is enough: a later grant includes the earlier one, and a cancel comes with the end of the stream.
+        self.late: ToIsland | None = None
+        self.sending_late = False
+
+
+class MeshJob:
+    """One job: its supervisor, its present attempt, and the events that the consumer has not taken yet.
+
+    The queue of events is bounded by the supervisor's window (tokens) and MAX_WAITING_NOTICES (the rest).
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        nursery: trio.Nursery,
+        job: JobId,
+        cargo: CargoDigest,
+        work: Work,
+        *,
+        policy: SupervisionPolicy,
+    ) -> None:
+        self._nursery = nursery
+        self.id: JobId = job
+        self._mesh = mesh
+        self._cargo = cargo
+        self._events: deque[JobEvent] = deque()
+        self._arrived = trio.Event()
+        self._over = False
+        self._tokens = 0
+        self._attempt: _Attempt | None = None
+        self._placed: JobPlaced[PeerId] | None = None
+        self._without_island_since = mesh.now()
+        self._waiting = False
+        self._timer: Instant | None = None
+        self._timer_moved = trio.Event()
+        self._supervisor: JobSupervisor[PeerId] = JobSupervisor(
+            job,
+            cargo,
+            work,
+            lambda now, excluded, done: mesh.place(cargo, work, now, excluded, done),
+            policy=policy,
+            unix_offset_ns=mesh.unix_offset_ns,
+            name_of=mesh.name_of,
+            consumer=mesh.peer,
+        )
+
+    def begin(self) -> None:
+        self._nursery.start_soon(self._guard, self._keep_time)
+        self._feed(Ordered(Start()))
+
+    def abort(self) -> None:
+        self._feed(Ordered(Abort()))
+
+    def islands_changed(self) -> None:
+        self._feed(Ordered(IslandsChanged()))
+
+    async def __aiter__(self) -> AsyncIterator[JobEvent]:
+        while True:
+            while not self._events:
+                if self._over:
+                    return
+                if self._arrived.is_set():
+                    self._arrived = trio.Event()
+                await self._arrived.wait()
+            event = self._events.popleft()
+            yield event
+            if isinstance(event, Released):
+                self._feed(Ordered(Consumed(event.first + len(event.tokens))))
+
+    # --- the interpreter of the supervisor's effects -------------------------------------------------
+
+    def _feed(self, what: JobInput) -> None:
+        for effect in self._supervisor.receive(self._mesh.now(), what):
+            match effect:
+                case Send(peer, JobOffer() as offer):
+                    self._open_attempt(peer, offer)
+                case Send(peer, message):
+                    self._send(peer, message)
+                case Disconnect(peer, reason):
+                    self._close_attempt(peer, orderly=reason in {"done", "rejected"})
+                case Emit(event):
+                    self._take(event)
+                case _:
+                    pass
+        if self._supervisor.waiting is not self._waiting:
+            self._waiting = not self._waiting
+            self._mesh.note_waiting(self, waiting=self._waiting)
+        wake = self._supervisor.next_wake()
+        if wake is not None and (self._timer is None or wake < self._timer):
+            self._timer_moved.set()
+        if self._supervisor.ended:
+            self._over = True
+            self._arrived.set()
+            self._timer_moved.set()
+
+    async def _guard(self, task: Callable[[Unpack[Ts]], Awaitable[None]], *args: *Ts) -> None:
+        """The outermost boundary of a job's tasks: a bug of ours ends this job, not the gateway."""
+        try:
+            await task(*args)
+        except Exception:  # noqa: BLE001 - see above
+            _log.exception("job task failed", job=self.id)
+            self._put(Failed("exhausted", "internal error"))
+            self._over = True
+
+    async def _keep_time(self) -> None:
+        while (wake := self._supervisor.next_wake()) is not None:
+            self._timer = wake
+            self._timer_moved = trio.Event()
+            with trio.move_on_after(max(0, wake - self._mesh.now()) / SECOND_NS):
+                await self._timer_moved.wait()
+                continue
+            self._timer = None
+            if self._mesh.now() - wake > LATE_NS:
+                await trio.sleep(PARDON_S)
+            self._feed(Woken())
+
+    def _open_attempt(self, peer: PeerId, offer: JobOffer) -> None:
+        attempt = self._attempt = _Attempt(peer, offer)
+        self._mesh.book.reserve(peer)
+        self._nursery.start_soon(self._guard, self._run_attempt, attempt)
+
+    def _send(self, peer: PeerId, message: ToIsland) -> None:
+        attempt = self._attempt
+        if attempt is None or attempt.peer != peer:
+            return
+        if attempt.stream is None or not attempt.offered or attempt.sending_late:
+            attempt.late = message
+            return
+        with suppress(StreamBroken):  # the attempt's reader finds out too, and tells the supervisor
+            if not attempt.stream.send_nowait(message):
+                attempt.late = message
+                self._nursery.start_soon(self._guard, _send_late, attempt, attempt.stream)
+
+    def _close_attempt(self, peer: PeerId, *, orderly: bool) -> None:
+        attempt = self._attempt
+        if attempt is not None and attempt.peer == peer:
+            self._attempt = None
+            attempt.orderly = orderly
+            attempt.scope.cancel()
+
+    async def _run_attempt(self, attempt: _Attempt) -> None:
+        peer = attempt.peer
+        try:
+            with attempt.scope:
+                stream = await self._offer(attempt)
+                await _send_late(attempt, stream)
+                while (answer := await stream.receive()) is not None:
+                    self._feed(Received(peer, answer))
+        except (StreamBroken, Unreachable, ProtocolError) as error:
+            _log.info("attempt broken", job=self.id[:8], peer=peer[-8:], reason=str(error))
+        finally:
+            self._mesh.book.release(peer)
+            if attempt.stream is not None:
+                await self._end_stream(attempt.stream, orderly=attempt.orderly)
+        if self._attempt is attempt:
+            self._attempt = None
+            self._feed(PeerLost(peer))
+
+    async def _offer(self, attempt: _Attempt) -> Stream:
+        """Make the offer; returns the stream that it went out on. Raises Unreachable, StreamBroken."""
+        stream = attempt.stream = self._mesh.ready_stream(attempt.peer)
+        try:
+            if stream is not None:
+                try:
+                    await stream.send(attempt.offer)
+                except StreamBroken:
+                    stream = None  # it broke while it waited, which says nothing of the Island
+            if stream is None:
+                stream = attempt.stream = await self._mesh.open_stream(attempt.peer)
+                await stream.send(attempt.offer)
+        except ValueError:  # larger than a message may be, and than any model's context
+            self._put(Failed("too-long", "the request is larger than a job can be"))
+            self._feed(Ordered(Abort()))
+            await trio.lowlevel.checkpoint()  # the attempt's scope is cancelled
+            raise
+        attempt.offered = True
+        return stream
+
+    async def _end_stream(self, stream: Stream, *, orderly: bool) -> None:
+        if orderly:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S), suppress(StreamBroken):
+                await stream.aclose()
+        else:
+            stream.reset()
+
+    # --- the supervisor's events to the HTTP side ----------------------------------------------------
+
+    def _take(self, event: object) -> None:
+        match event:
+            case TokensReleased(first, tokens):
+                self._show_placed()
+                self._tokens = first + len(tokens)
+                self._put(Released(first, tokens))
+            case JobPlaced():
+                self._placed = cast("JobPlaced[PeerId]", event)
+            case JobPreparing(stage, done, total):
+                if stage != "loading":
+                    self._show_placed()
+                self._notice(Preparing(stage, done, total))
+            case JobWaiting():
+                self._notice(Preparing("waiting", 0, 0))
+            case SpeedSeen(tokens=tokens, duration_ns=duration_ns):
+                seen = cast("SpeedSeen[PeerId]", event)
+                self._mesh.book.measured(seen.peer, self._cargo, tokens * SECOND_NS / duration_ns)
+            case IslandFailed():
+                failed = cast("IslandFailed[PeerId]", event)
+                _log.warning(
+                    "island failed a job",
+                    job=self.id[:8],
+                    island=self._mesh.name_of(failed.peer),
+                    reason=failed.reason,
+                )
+                self._mesh.book.suspect(self._mesh.now(), failed.peer)
+                self._without_island_since = self._mesh.now()
+            case JobCompleted():
+                self._show_placed()
+                self._complete(cast("JobCompleted[PeerId]", event))
+            case JobFailed(code, detail, retry_after_ms):
+                _log.info("job failed", job=self.id[:8], code=code, detail=detail)
+                self._put(Failed(cast("FailureCode", code), detail, retry_after_ms))
+            case _:
+                pass
+
+    def _complete(self, event: JobCompleted[PeerId]) -> None:
+        usage = event.usage
+        _log.info(
+            "job completed",
+            job=self.id[:8],
+            tokens=usage.completion_tokens,
+            hand_overs=event.hand_overs,
+            receipt="valid" if event.receipt is not None else "invalid",
+        )
+        finish = cast("Literal['stop', 'length']", event.finish)  # the supervisor admits no other
+        self._put(Completed(finish, event.tail, usage, event.hand_overs, self._mesh.name_of(event.peer)))
+
+    def _show_placed(self) -> None:
+        """The Island has begun to work on it: only now is the time in queues known."""
+        placed, self._placed = self._placed, None
+        if placed is not None:
+            peer = placed.peer
+            queue_ns = self._mesh.now() - self._without_island_since
+            name, rtt_ns = self._mesh.name_of(peer), self._mesh.rtt_ns(peer)
+            self._put(Placed(name, peer, rtt_ns, queue_ns, placed.hand_over))
+            _log.info(
+                "job placed",
+                job=self.id[:8],
+                island=name,
+                hand_over=placed.hand_over,
+                tokens=self._tokens,
+                rtt_ms=round(rtt_ns / MILLISECOND_NS, 2),
+                queue_ms=queue_ns // MILLISECOND_NS,
+            )
+
+    def _notice(self, event: Preparing) -> None:
+        if len(self._events) < MAX_WAITING_NOTICES:
+            self._put(event)
+
+    def _put(self, event: JobEvent) -> None:
+        self._events.append(event)
+        self._arrived.set()
+
+
+async def _send_late(attempt: _Attempt, stream: Stream) -> None:
+    """Send what could not be sent at once. Whoever reads the stream finds out if it is broken."""
+    attempt.sending_late = True
+    with suppress(StreamBroken):
+        while attempt.late is not None:
+            message, attempt.late = attempt.late, None
+            await stream.send(message)
+    attempt.sending_late = False
