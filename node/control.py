@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 MAX_SOCKET_PATH: Final = 100
 MAX_ANSWER_BYTES: Final = 4 * 1024 * 1024
 REQUEST: Final = b"status\n"
+
+
+class ControlError(OSError):
+    """The status socket can not be made safely. The message says why and what to do."""
 
 
 class NotRunning(Exception):
@@ -97,9 +102,10 @@ class Snapshot(msgspec.Struct, frozen=True):
 async def serve_control(
     data_dir: Path, state: IslandState, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Answer status requests until cancelled."""
+    """Answer status requests until cancelled. Raises ControlError."""
     path = socket_path(data_dir)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_folder(path, data_dir)
     path.unlink(missing_ok=True)
     listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -125,6 +131,7 @@ async def ask_status(data_dir: Path) -> Snapshot:
     """The snapshot of the Island with this data directory. Raises NotRunning."""
     path = socket_path(data_dir)
     try:
+        _check_folder(path, data_dir)
         with trio.fail_after(5):
             async with await trio.open_unix_socket(str(path)) as stream:
                 await stream.send_all(REQUEST)
@@ -134,8 +141,19 @@ async def ask_status(data_dir: Path) -> Snapshot:
                     if len(answer) > MAX_ANSWER_BYTES:
                         break
         return msgspec.json.decode(bytes(answer), type=Snapshot)
-    except (OSError, trio.TooSlowError, msgspec.DecodeError) as error:
+    except ControlError as error:
+        raise NotRunning(str(error)) from error
+    except (OSError, trio.BrokenResourceError, trio.TooSlowError, msgspec.DecodeError) as error:
         raise NotRunning(f"no Island answers at {data_dir}; start one with: archi-node run") from error
+
+
+def _check_folder(path: Path, data_dir: Path) -> None:
+    """In a directory for everybody, another user may have made ours first, and would own what lies in it."""
+    if path.parent == data_dir.absolute():
+        return
+    found = path.parent.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ControlError(f"{path.parent}: other users can write there; choose a shorter --data-dir")
 
 
 def snapshot(state: IslandState) -> Snapshot:

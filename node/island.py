@@ -33,13 +33,16 @@ from node.control import serve_control
 from node.identity import Identity, load_or_create_identity
 from node.jobs import JobService
 from node.p2p import Host, open_host
+from node.p2p.host import plain_errors
 from node.peers import PeerEvent, Peers, PeerUp, open_peers
 from node.rpc import CallFailed, PeerUnreachable
+from node.settings import SettingsError
 from protocol.adverts import (
     ACCEPTED,
     ADVERT_INTERVAL_NS,
     ADVERT_KIND,
     ADVERT_TTL_NS,
+    MAX_ADVERT_MEMORY_MIB,
     METHOD_ADVERT,
     Hello,
     IslandAdvert,
@@ -49,6 +52,7 @@ from protocol.dice import Dice
 from protocol.ids import PeerId
 from protocol.instants import SECOND_NS, Instant, UnixNs
 from protocol.jobs import JOB_PROTOCOL
+from protocol.limits import MAX_ADVERT_CARGOS
 
 VERSION: Final = package_version("archipelag")
 ROLE_ISLAND: Final = "island"
@@ -114,47 +118,77 @@ class Island:
         self.store = CargoStore(Path(settings.cache_dir).expanduser() if settings.cache_dir else None)
         self._runtimes: dict[str, Runtime] = {}
         self._changed = trio.Event()
+        # Coordinators that have not answered the last advert yet, and whether they missed one meanwhile.
+        self._telling: dict[PeerId, bool] = {}
         # Later than any number of an earlier run, whatever happened to our disk.
         self._sequence = time.time_ns()
         self.state: IslandState
 
     async def run(self, *, ready: Callable[[IslandState], Awaitable[None]] | None = None) -> None:
         """Run until cancelled. `ready` is called once the Island listens (its Cargos may still load)."""
+        entries = [resolve_cargo(reference) for reference in self.settings.cargos]
+        if len(entries) > MAX_ADVERT_CARGOS:
+            raise SettingsError(
+                f"cargos: {len(entries)} are too many; an Island offers {MAX_ADVERT_CARGOS} at most"
+            )
+        leave = trio.Event()
+        with plain_errors():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._live, entries, ready, leave)
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    leave.set()
+
+    async def _live(
+        self,
+        entries: list[CargoEntry],
+        ready: Callable[[IslandState], Awaitable[None]] | None,
+        leave: trio.Event,
+    ) -> None:
+        """From the first listener to the farewell. Shielded: the links must outlive the order to stop, or
+        nobody would hear of it.
+        """
         settings = self.settings
         hello = Hello(settings.name, VERSION, (ROLE_ISLAND,))
         dice = Dice(int.from_bytes(secrets.token_bytes(8), "little"))
-        entries = [resolve_cargo(reference) for reference in settings.cargos]
-        async with (
-            open_host(self.identity, settings.network.listen) as host,
-            open_peers(host, hello=hello, dice=dice) as peers,
-        ):
-            jobs = JobService(
-                signer=self.identity.signer,
-                runtimes=self._runtimes,
-                queue=settings.engine.queue,
-                unix_now=unix_now,
-                changed=self._note_change,
-            )
-            state = self.state = IslandState(settings, self.identity, host, peers, jobs)
-            host.handle(JOB_PROTOCOL, jobs.handle)
-            peers.subscribe(self._on_peer)
-            for address in settings.network.coordinators:
-                peers.keep(address)
-            async with trio.open_nursery() as nursery:
-                await nursery.start(serve_control, settings.data_path, state)
-                _log.info("listening", name=settings.name, peer=host.peer, addresses=list(host.addresses))
-                for entry in entries:
-                    hosted = state.cargos[entry.digest] = HostedCargo(entry)
-                    nursery.start_soon(self._host_cargo, hosted)
-                nursery.start_soon(self._advertise)
-                try:
+        with trio.CancelScope(shield=True):
+            async with (
+                open_host(self.identity, settings.network.listen) as host,
+                open_peers(host, hello=hello, dice=dice) as peers,
+            ):
+                jobs = JobService(
+                    signer=self.identity.signer,
+                    runtimes=self._runtimes,
+                    queue=settings.engine.queue,
+                    unix_now=unix_now,
+                    changed=self._note_change,
+                )
+                state = self.state = IslandState(settings, self.identity, host, peers, jobs)
+                host.handle(JOB_PROTOCOL, jobs.handle)
+                peers.subscribe(self._on_peer)
+                for address in settings.network.coordinators:
+                    peers.keep(address)
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(serve_control, settings.data_path, state)
+                    _log.info("listening", name=settings.name, peer=host.peer, addresses=list(host.addresses))
+                    for entry in {entry.digest: entry for entry in entries}.values():
+                        hosted = state.cargos[entry.digest] = HostedCargo(entry)
+                        nursery.start_soon(self._host_cargo, hosted)
+                    nursery.start_soon(self._advertise)
                     if ready is not None:
                         await ready(state)
-                    await trio.sleep_forever()
-                finally:
-                    with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_S):
-                        jobs.draining = True
-                        await self._advertise_once()
+                    await leave.wait()
+                    await self._say_farewell()
+                    nursery.cancel_scope.cancel()
+
+    async def _say_farewell(self) -> None:
+        """No coordinator places anything here any more. Running jobs are handed over when their streams end."""
+        self.state.jobs.draining = True
+        self._telling.clear()  # whoever is slow with the last advert gets this one all the same
+        with trio.move_on_after(FAREWELL_S):
+            async with trio.open_nursery() as nursery:
+                self._advertise_once(nursery)
 
     # --- Cargos -------------------------------------------------------------------------------------
 
@@ -189,7 +223,11 @@ class Island:
         try:
             async with open_runtime(spec) as runtime:
                 hosted.runtime = self._runtimes[hosted.entry.digest] = runtime
-                await self._watch_runtime(hosted, runtime)
+                try:
+                    await self._watch_runtime(hosted, runtime)
+                finally:
+                    hosted.runtime = None
+                    del self._runtimes[hosted.entry.digest]
         except RuntimeFailed as error:
             self._give_up_cargo(hosted, str(error))
 
@@ -226,14 +264,16 @@ class Island:
             self._note_change()  # a new coordinator wants to know what there is
 
     async def _advertise(self) -> None:
-        while True:
-            await self._advertise_once()
-            with trio.move_on_after(ADVERT_INTERVAL_NS / SECOND_NS):
-                await self._changed.wait()
-                await trio.sleep(ADVERT_COALESCE_S)
-            self._changed = trio.Event()
+        async with trio.open_nursery() as nursery:
+            while True:
+                self._advertise_once(nursery)
+                with trio.move_on_after(ADVERT_INTERVAL_NS / SECOND_NS):
+                    await self._changed.wait()
+                    await trio.sleep(ADVERT_COALESCE_S)
+                self._changed = trio.Event()
 
-    async def _advertise_once(self) -> None:
+    def _advertise_once(self, nursery: trio.Nursery) -> None:
+        """Tell all coordinators; one that is slow to answer delays no other and gets the next advert later."""
         coordinators = [view.peer for view in self.state.peers.table() if ROLE_COORDINATOR in view.roles]
         if not coordinators:
             return
@@ -246,15 +286,21 @@ class Island:
         )
 
         async def tell(peer: PeerId) -> None:
+            self._telling[peer] = False
             try:
                 await self.state.peers.call(
                     peer, METHOD_ADVERT, envelope, ACCEPTED, deadline_ns=ADVERT_DEADLINE_NS
                 )
             except (CallFailed, PeerUnreachable) as error:
                 _log.debug("advert not taken", peer=peer, reason=str(error))
+            finally:
+                if self._telling.pop(peer, False):
+                    self._note_change()
 
-        async with trio.open_nursery() as nursery:
-            for peer in coordinators:
+        for peer in coordinators:
+            if peer in self._telling:
+                self._telling[peer] = True
+            else:
                 nursery.start_soon(tell, peer)
 
     def _advert(self) -> IslandAdvert:
@@ -283,7 +329,7 @@ class Island:
             name=self.settings.name,
             cargos=tuple(offers),
             region=self.settings.region,
-            memory_mib=psutil.virtual_memory().available // (1024 * 1024),
+            memory_mib=min(psutil.virtual_memory().available // (1024 * 1024), MAX_ADVERT_MEMORY_MIB),
             version=VERSION,
             draining=self.state.jobs.draining,
         )

@@ -30,6 +30,9 @@ METHOD_HELLO: Final = "hello"
 ADVERT_INTERVAL_NS: Final = 2 * SECOND_NS
 ADVERT_TTL_NS: Final = 10 * SECOND_NS
 
+#: 1 PiB: no machine has more to say.
+MAX_ADVERT_MEMORY_MIB: Final = 1 << 30
+
 _Rate = Annotated[float, Meta(ge=0, le=1e9)]
 _Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 _ShortName = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
@@ -61,7 +64,7 @@ class IslandAdvert(Message, frozen=True, gc=False, tag="advert"):
     name: _ShortName
     cargos: Annotated[tuple[OfferedCargo, ...], Meta(max_length=MAX_ADVERT_CARGOS)]
     region: _ShortName = ""
-    memory_mib: _Count = 0
+    memory_mib: Annotated[int, Meta(ge=0, le=MAX_ADVERT_MEMORY_MIB)] = 0
     version: _ShortName = ""
     draining: bool = False
 

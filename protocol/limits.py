@@ -24,8 +24,9 @@ MAX_OFFER_BYTES: Final = 2 * MIB
 #: One RPC body. Records and adverts are small; larger things travel on streams of their own.
 MAX_RPC_BYTES: Final = 256 * KIB
 
-#: An advert lists Cargos and speeds. 16 KiB holds MAX_ADVERT_CARGOS entries with long names.
-MAX_ADVERT_BYTES: Final = 16 * KIB
+#: An advert lists Cargos and speeds. 128 KiB holds MAX_ADVERT_CARGOS entries with the longest names (about
+#: 700 bytes each, three times that in other scripts).
+MAX_ADVERT_BYTES: Final = 128 * KIB
 
 #: Envelope fields around a body (issuer, signature, sequence number, tag): under 256 bytes, doubled.
 MAX_ENVELOPE_OVERHEAD_BYTES: Final = 512
