@@ -19,6 +19,9 @@ from msgspec import Meta
 READ_TIMEOUT_S: Final = 300.0
 CONNECT_TIMEOUT_S: Final = 10.0
 
+#: A list of models is at hand at once; who is silent for so long is something else than an API.
+MODELS_TIMEOUT_S: Final = 15.0
+
 #: Longest line of the event stream that is held; a chunk is a few hundred bytes.
 MAX_LINE_BYTES: Final = 1024 * 1024
 
@@ -121,14 +124,17 @@ class ChatClient:
         self.url: Final = url.rstrip("/")
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
 
-    def _open(self) -> httpx.AsyncClient:
-        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    def _open(self, read_timeout_s: float = READ_TIMEOUT_S) -> httpx.AsyncClient:
+        timeout = httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S)
         return httpx.AsyncClient(headers=self._headers, timeout=timeout)
 
     async def models(self) -> list[str]:
         """Names of the models that can be asked for. Raises ChatFailed."""
         try:
-            async with self._open() as client, client.stream("GET", f"{self.url}/models") as response:
+            async with (
+                self._open(MODELS_TIMEOUT_S) as client,
+                client.stream("GET", f"{self.url}/models") as response,
+            ):
                 body = await _bounded_body(response)
                 if response.status_code != 200:
                     raise ChatFailed(self._refusal_untrusted(response.status_code, body))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -20,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +37,7 @@ from gateway.chat_client import Answering, ChatClient, ChatFailed, Closed, Hande
 from gateway.chat_client import Text as AnswerText
 from gateway.connection import Connection, connection_path, remove_connection, write_connection
 from gateway.demo_screen import IslandRow, Screen, Tally, islands_table, readable_untrusted, told_untrusted
+from gateway.demo_words import how_to, island_command
 from gateway.keys import new_key
 from node.control import NotRunning, Snapshot, ask_status
 from node.runner import flatten
@@ -286,7 +285,7 @@ class Demo:
                 nursery.start_soon(self._keep_live)
             if not self._arguments.no_question:
                 await self._ask_first_question(model)
-            self._screen.verbatim(_how_to(self._url, self._key, model, self._mesh))
+            self._screen.verbatim(how_to(self._url, self._key, model, self._mesh))
             await trio.sleep_forever()
 
     async def _ask_first_question(self, model: str) -> None:
@@ -342,10 +341,10 @@ class Demo:
         if child.label != "gateway":
             self._say(f"{child.label} {child.fate}", style="red")
             if all(other.fate is not None for other in self._children[1:]):
-                self._say(f"no Island is left. Start one: {_island_command(self._mesh)}", style="yellow")
+                self._say(f"no Island is left. Start one: {island_command(self._mesh)}", style="yellow")
         elif self._url:  # else `_start` tells
             words = _last_words(child) if child.process.returncode != -signal.SIGKILL else ""
-            raise DemoFailed(f"the gateway {child.fate}; the Islands were stopped\n{words}".rstrip())
+            raise DemoFailed(f"the gateway: {child.fate}; the Islands were stopped\n{words}".rstrip())
 
     async def _read_logs(self, child: Child) -> None:
         assert child.process.stderr is not None  # noqa: S101 - opened with a pipe
@@ -445,46 +444,6 @@ async def _row(child: Child) -> IslandRow:
 
 def _last_words(child: Child) -> str:
     return "\n".join(f"  {child.label}: {readable_untrusted(line)}" for line in list(child.last_lines)[-5:])
-
-
-def _beside_us(command: str) -> str:
-    """How to call another program of this installation: as it lies, seen from here."""
-    path = Path(sys.executable).with_name(command)
-    if not path.exists():
-        return command
-    here = Path.cwd()
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
-
-
-def _island_command(mesh: str) -> str:
-    return (
-        f"{_beside_us('archi-node')} run --name isle --data-dir ~/.cache/archipelag/isle --coordinator {mesh}"
-    )
-
-
-def _how_to(url: str, key: str, model: str, mesh: str) -> str:
-    install = "" if find_spec("openai") else "pip install openai; "
-    return f"""
-Ask it yourself, from another terminal:
-
-  {_beside_us("archi")} chat
-
-or with curl and the OpenAI client:
-
-  export OPENAI_BASE_URL={url}
-  export OPENAI_API_KEY={key}
-
-  curl $OPENAI_BASE_URL/chat/completions -H "Authorization: Bearer $OPENAI_API_KEY" \\
-    -H "Content-Type: application/json" \\
-    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "stream": true}}'
-
-  {install}{_beside_us("python")} -c "from openai import OpenAI; print(OpenAI().chat.completions.create(
-    model='{model}', messages=[dict(role='user', content='Hello!')]).choices[0].message.content)"
-
-Kill an Island while it answers (kill -9 PID) and watch the sentence go on. Add one at any time:
-
-  {_island_command(mesh)}
-"""
 
 
 def _assignments(texts: list[str]) -> list[str]:

@@ -46,7 +46,7 @@ class Tally:
     failures: int = 0
 
     def __str__(self) -> str:
-        return f"{self.answers} answered, {self.hand_overs} hand-overs, {self.failures} failed"
+        return f"answered {self.answers}, handed over {self.hand_overs}, failed {self.failures}"
 
 
 class Screen:

@@ -147,8 +147,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     import trio
 
+    from node.config import LogSettings
     from node.doctor import examine, show_findings
+    from node.logs import set_up_logs
 
+    set_up_logs(LogSettings(level="error"))  # findings say it better
     findings = trio.run(examine, settings)
     if arguments.json:
         print(json.dumps([finding.as_dict() for finding in findings], indent=2))

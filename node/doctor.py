@@ -211,24 +211,23 @@ async def _coordinators(addresses: Sequence[str]) -> list[Finding]:
     if not addresses:
         remedy = "--coordinator MULTIADDR (a gateway prints its own at start)"
         return [Finding("coordinators", "note", "none configured: nobody will send jobs", remedy)]
-    findings: list[Finding] = []
-    async with open_host(new_identity(), [NOWHERE_ELSE]) as host:
-        for address in addresses:
-            try:
-                parse_peer_address(address)
-                with trio.fail_after(DIAL_TIMEOUT_S):
-                    await host.connect(address)
-            except AddressInvalid as error:
-                findings.append(
-                    Finding("coordinator", "missing", error.reason, "use /ip4/HOST/tcp/PORT/p2p/PEER")
-                )
-            except (Unreachable, trio.TooSlowError) as error:
-                reason = error.reason if isinstance(error, Unreachable) else f"silent for {DIAL_TIMEOUT_S} s"
-                text = f"{address} does not answer: {reason}"
-                findings.append(Finding("coordinator", "missing", text, "is the gateway up, the port open?"))
-            else:
-                findings.append(Finding("coordinator", "ok", address))
-    return findings
+    return [await _coordinator(address) for address in addresses]
+
+
+async def _coordinator(address: str) -> Finding:
+    try:
+        parse_peer_address(address)
+        # A host of its own: one that knows the peer already would not dial this address.
+        async with open_host(new_identity(), [NOWHERE_ELSE]) as host:
+            with trio.fail_after(DIAL_TIMEOUT_S):
+                await host.connect(address)
+    except AddressInvalid as error:
+        return Finding("coordinator", "missing", error.reason, "use /ip4/HOST/tcp/PORT/p2p/PEER")
+    except (Unreachable, trio.TooSlowError) as error:
+        reason = error.reason if isinstance(error, Unreachable) else f"silent for {DIAL_TIMEOUT_S} s"
+        text = f"{address} does not answer: {reason}"
+        return Finding("coordinator", "missing", text, "is the gateway up, the port open, the peer id its own?")
+    return Finding("coordinator", "ok", address)
 
 
 def _cargos(settings: NodeSettings) -> list[Finding]:
