@@ -34,9 +34,9 @@ def test_lock_files_name_hashes_and_no_registry() -> None:
 
 
 def test_files_stay_readable() -> None:
-    """About 500 lines: a longer file holds two ideas."""
+    """About 500 lines: a longer file holds two ideas. A table of test cases may be somewhat longer."""
     listed = subprocess.run(
         ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
-    long = {name: count for name in listed if (count := len((ROOT / name).read_text().splitlines())) > 560}
-    assert not long
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in listed if (ROOT / name).exists()}
+    assert not {n: c for n, c in lengths.items() if c > (720 if n.startswith("tests/") else 540)}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
+from llama_cpp import _utils as _llama_utils
 from llama_cpp import llama_cpp as _lib
 from numpy.typing import NDArray
 
@@ -40,6 +41,10 @@ _CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.
 
 #: The ctypes layer is typed loosely (handles are plain integers); from here on it is one untyped value.
 _c: Final = cast("Any", _lib)
+
+# Its high-level API, which we do not use, opens /dev/null twice at import and leaves both to the interpreter's end.
+for _null in (cast("Any", _llama_utils).outnull_file, cast("Any", _llama_utils).errnull_file):
+    _null.close()
 
 
 class NativeError(Exception):
