@@ -42,7 +42,7 @@ _CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.
 #: The ctypes layer is typed loosely (handles are plain integers); from here on it is one untyped value.
 _c: Final = cast("Any", _lib)
 
-# Its high-level API, which we do not use, opens /dev/null twice at import and leaves both to the interpreter's end.
+# Its high-level API, which we do not use, opens /dev/null twice at import and never closes it.
 for _null in (cast("Any", _llama_utils).outnull_file, cast("Any", _llama_utils).errnull_file):
     _null.close()
 
