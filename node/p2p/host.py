@@ -271,7 +271,11 @@ class Host:
     # --- connections ----------------------------------------------------------------------------
 
     def _usable(self, peer: PeerId) -> Connection | None:
-        return next((c for c in self._connections.get(peer, ()) if c.broken is None and not c.departing), None)
+        """The connection heard of last: one whose other end is gone without a word (a cut cable, a restarted
+        machine) may stand beside the one that replaced it.
+        """
+        usable = [c for c in self._connections.get(peer, ()) if c.broken is None and not c.departing]
+        return max(usable, key=lambda c: c.heard_at, default=None)
 
     async def _dial(self, target: Address, peer: PeerId) -> None:
         if self.closing:

@@ -198,3 +198,40 @@ async def test_memory_stays_flat_over_many_streams(connected_hosts, until) -> No
         connection_a, connection_b = a._usable(b.peer), b._usable(a.peer)
         await until(lambda: not connection_a.streams and not connection_b.streams)
         assert a.unread_bytes == b.unread_bytes == 0
+
+
+async def test_streams_go_to_the_connection_that_lives(until) -> None:
+    """An Island restarts behind a cut cable: its old connection stands, but nobody is at its other end."""
+    identity = new_identity()
+
+    async def answer(stream) -> None:
+        await stream.send_all(b"new")
+
+    async with open_host(new_identity()) as a, open_host(identity) as old, open_host(identity) as new:
+        new.handle("/who/1", answer)
+        port = int(a.addresses[0].split("/")[4])
+        cut = trio.Event()
+
+        async def pump(source, target) -> None:
+            while data := await source.receive_some():
+                if cut.is_set():
+                    await trio.sleep_forever()
+                await target.send_all(data)
+
+        async def proxy(client) -> None:
+            async with await trio.open_tcp_stream("127.0.0.1", port) as server, trio.open_nursery() as both:
+                both.start_soon(pump, client, server)
+                both.start_soon(pump, server, client)
+
+        async with trio.open_nursery() as nursery:
+            [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            nursery.start_soon(trio.serve_listeners, proxy, [listener])
+            await old.connect(f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}/p2p/{a.peer}")
+            await until(lambda: identity.peer in a.connected())
+            cut.set()
+            await new.connect(a.addresses[0])
+            await until(lambda: a.counters.connections_accepted == 2)
+            with trio.fail_after(10):
+                stream = await a.open_stream(identity.peer, "/who/1")
+                assert await stream.receive_some() == b"new"
+            nursery.cancel_scope.cancel()
