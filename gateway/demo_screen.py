@@ -170,7 +170,7 @@ def islands_table(rows: Sequence[IslandRow], tally: Tally) -> RenderableType:
             figure(row.tokens_per_s),
             figure(row.alone_tokens_per_s),
         )
-    return Group(table, Text(f"{tally}. Ctrl-C stops everything.", style="dim"))
+    return Group(table, Text(f"{tally}. Ctrl-C stops all.", style="dim"))
 
 
 def told_untrusted(label: str, line: str, tally: Tally) -> tuple[str, str] | None:

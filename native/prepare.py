@@ -232,11 +232,13 @@ def pip(total: int, *arguments: str) -> None:
             elif line.startswith("Installing collected packages") and total > 1 and sys.stdout.isatty():
                 print("\r  installing          ", end="", flush=True)
             elif "WARNING: Retrying" in line:
-                print(f"\n  {line.strip()[:160]}", flush=True)
+                say(
+                    f"no answer from the package index, trying again: {line.rsplit('/simple/')[-1].strip(' /')}"
+                )
     if total > 1 and sys.stdout.isatty():
         print("\r" + " " * 30 + "\r", end="", flush=True)
     if process.returncode != 0:
-        words = "".join(lines[-15:])
+        words = "".join([line for line in lines if line.startswith("ERROR")] or lines[-15:])
         raise SystemExit(
             fail(
                 f"pip failed:\n{words}Is the package index within reach? A mirror goes into PIP_INDEX_URL, "

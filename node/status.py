@@ -92,7 +92,7 @@ def _peers(now: Snapshot) -> Table:
             ", ".join(peer.roles),
             Text(peer.state, style=_STATE_STYLE.get(peer.state, "yellow")),
             "-" if peer.rtt_ms is None else f"{peer.rtt_ms:.2f}",
-            peer.address or "inbound",
+            peer.address.partition("/p2p/")[0] or "inbound",  # who it is stands in front
         )
     return table
 
