@@ -157,7 +157,7 @@ class JobService:
         self.jobs[key] = job
         self._changed()
         log = _log.bind(job=offer.job[:8], peer=stream.peer[-8:])
-        log.info("job accepted", resume=len(offer.resume))
+        log.debug("job accepted", resume=len(offer.resume))  # info would cost the first token its time
         try:
             await stream.send(JobAccept(ahead=runtime.load().queued))
             ended = await self._run(stream, offer, runtime, job)
