@@ -22,8 +22,9 @@ import trio
 from cargos.manifest import RuntimeType
 from cargos.runtimes.base import Finished, RuntimeEvent, RuntimeLoad, RuntimeSpec, Tokens
 from node.config import LogSettings, NetworkSettings, NodeSettings
-from node.island import Island, IslandState
+from node.island import Island
 from node.runner import run_program
+from node.state import IslandState
 from protocol.jobs import Token, Usage, token_hash
 from protocol.work import Work
 

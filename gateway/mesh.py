@@ -43,6 +43,11 @@ FILL_S: Final = 10.0
 #: A stream that was taken is replaced this much later: not while its job waits for its first token.
 REFILL_AFTER_S: Final = 0.05
 
+#: A model whose last Island has gone is still known for this long (jobs for it wait, then fail with 503 and not
+#: with 404): longer than a restart takes. So many at most, the one gone longest is forgotten first.
+REMEMBER_MODEL_NS: Final = 600 * SECOND_NS
+MAX_MODELS_REMEMBERED: Final = 256
+
 #: Cargos whose first appearance is remembered (the models list shows it); the oldest is forgotten first.
 MAX_CARGOS_SEEN: Final = 4096
 
@@ -88,6 +93,7 @@ class Mesh:
         self.unix_offset_ns: Final = unix_now() - now()
         self.book: IslandBook[PeerId] = IslandBook()
         self._first_seen: dict[CargoDigest, int] = {}
+        self._gone: dict[CargoDigest, tuple[ModelInfo, Instant]] = {}
         self._called: dict[CargoDigest, _Naming] = {}
         self._filling: set[PeerId] = set()
         self._waiting: dict[JobId, MeshJob] = {}
@@ -120,8 +126,12 @@ class Mesh:
         return tuple(sorted(infos, key=lambda info: (info.id, -info.ready, info.version, info.digest)))
 
     def model(self, name: str) -> ModelInfo | None:
+        """Also one that was here a while ago: a job for it may wait for an Island to come back."""
         for info in self.models():
-            if name in {info.id, f"{info.id}@{info.version}", info.digest}:
+            if name in _names_of(info):
+                return info
+        for info, gone in reversed(self._gone.values()):
+            if name in _names_of(info) and self.now() - gone < REMEMBER_MODEL_NS:
                 return info
         return None
 
@@ -241,10 +251,22 @@ class Mesh:
                 self._drop_ready(peer)
 
     def _drop(self, peer: PeerId, reason: str) -> None:
-        name = self.name_of(peer)
-        if self.book.lost(peer):
-            _log.info("island lost", name=name, peer=peer, reason=reason)
+        island = self.book.get(peer)
+        if island is not None:
+            self._remember_models(island)
+            self.book.lost(peer)
+            _log.info("island lost", name=island.advert.name, peer=peer, reason=reason)
         self._drop_ready(peer)
+
+    def _remember_models(self, island: Island[PeerId]) -> None:
+        for offered in island.advert.cargos:
+            if offered.state == "ready":
+                digest = CargoDigest(offered.digest)
+                info = self._model_info(digest, [other for other in self.book if other.cargo(digest)])
+                self._gone.pop(digest, None)
+                self._gone[digest] = (replace(info, islands=0, ready=0, decode_tps=0.0), self.now())
+                if len(self._gone) > MAX_MODELS_REMEMBERED:
+                    del self._gone[next(iter(self._gone))]
 
     def _drop_ready(self, peer: PeerId) -> None:
         for stream in self._ready.pop(peer, ()):
@@ -276,3 +298,7 @@ class Mesh:
             return before
         self._called[digest] = naming
         return naming
+
+
+def _names_of(info: ModelInfo) -> tuple[str, str, str]:
+    return info.id, f"{info.id}@{info.version}", info.digest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, Literal, TypeVarTuple, Unpack, cast
+from typing import Final, Literal, Protocol, TypeVarTuple, Unpack, cast
 
 import structlog
 import trio
@@ -19,6 +19,7 @@ from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
 from protocol.jobs import FromIsland, JobOffer, ToIsland
 from protocol.machine import Disconnect, Emit, Input, Ordered, PeerLost, Received, Send, Woken
 from protocol.work import Work
+from routing.islands import IslandBook
 from routing.job_events import (
     Abort,
     Command,
@@ -37,9 +38,6 @@ from routing.job_events import (
 )
 from routing.supervision import JobSupervisor
 
-if TYPE_CHECKING:
-    from gateway.mesh import Mesh
-
 #: Preparation notices that may wait for a consumer who does not read; more are dropped, they are not data.
 MAX_WAITING_NOTICES: Final = 32
 
@@ -55,6 +53,27 @@ Stream = MessageStream[ToIsland, FromIsland]
 JobInput = Input[PeerId, FromIsland, Command]
 
 Ts = TypeVarTuple("Ts")
+
+
+class MeshView(Protocol):
+    """What a job asks of the mesh. `gateway.mesh.Mesh` is one."""
+
+    @property
+    def peer(self) -> PeerId: ...
+    @property
+    def book(self) -> IslandBook[PeerId]: ...
+    @property
+    def unix_offset_ns(self) -> int: ...
+    def now(self) -> Instant: ...
+    def name_of(self, peer: PeerId) -> str: ...
+    def rtt_ns(self, peer: PeerId) -> int: ...
+    def place(
+        self, cargo: CargoDigest, work: Work, now: Instant, excluded: frozenset[PeerId], done: int
+    ) -> PeerId | None: ...
+    def ready_stream(self, peer: PeerId) -> Stream | None: ...
+    async def open_stream(self, peer: PeerId) -> Stream: ...
+    def note_waiting(self, job: MeshJob, *, waiting: bool) -> None: ...
+
 
 _log = structlog.get_logger("mesh")
 
@@ -83,7 +102,7 @@ class MeshJob:
 
     def __init__(
         self,
-        mesh: Mesh,
+        mesh: MeshView,
         nursery: trio.Nursery,
         job: JobId,
         cargo: CargoDigest,

@@ -80,8 +80,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from cargos.errors import CargoError
     from node.data_dir import DataDirError, hold_data_dir
     from node.identity import IdentityError
-    from node.island import Island, IslandState
+    from node.island import Island
     from node.p2p.errors import AddressInvalid, ListenFailed
+    from node.state import IslandState
 
     async def announce(state: IslandState) -> None:
         for address in state.host.addresses:

@@ -21,7 +21,7 @@ import trio
 from cargos.runtimes.base import RuntimeLoad
 
 if TYPE_CHECKING:
-    from node.island import IslandState
+    from node.state import IslandState
 
 #: The kernel's limit for the path of a UNIX socket is 108 bytes with its end.
 MAX_SOCKET_PATH: Final = 100

@@ -10,7 +10,6 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
 from importlib.metadata import version as package_version
 from pathlib import Path
 from types import MappingProxyType
@@ -30,13 +29,14 @@ from cargos.runtimes.llama import open_llama
 from cargos.store import CargoStore
 from node.config import NodeSettings
 from node.control import serve_control
-from node.identity import Identity, load_or_create_identity
+from node.identity import load_or_create_identity
 from node.jobs import JobService
-from node.p2p import Host, open_host
+from node.p2p import open_host
 from node.p2p.host import plain_errors
-from node.peers import PeerEvent, Peers, PeerUp, open_peers
+from node.peers import PeerEvent, PeerUp, open_peers
 from node.rpc import CallFailed, PeerUnreachable
 from node.settings import SettingsError
+from node.state import HostedCargo, IslandState
 from protocol.adverts import (
     ACCEPTED,
     ADVERT_INTERVAL_NS,
@@ -81,31 +81,6 @@ def unix_now() -> UnixNs:
 
 def monotonic_now() -> Instant:
     return Instant(time.monotonic_ns())
-
-
-@dataclass(slots=True)
-class HostedCargo:
-    """A Cargo on this Island, from the moment it was asked for."""
-
-    entry: CargoEntry
-    state: str = "fetching"
-    detail: str = ""
-    done_bytes: int = 0
-    total_bytes: int = 0
-    runtime: Runtime | None = None
-
-
-@dataclass(slots=True)
-class IslandState:
-    """What `archi-node status` shows."""
-
-    settings: NodeSettings
-    identity: Identity
-    host: Host
-    peers: Peers
-    jobs: JobService
-    cargos: dict[str, HostedCargo] = field(default_factory=dict[str, HostedCargo])
-    started: float = field(default_factory=time.monotonic)
 
 
 class Island:

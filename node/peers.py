@@ -12,6 +12,7 @@ process or a cut cable looks the same. If this node itself was frozen, it gives 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -36,6 +37,9 @@ Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 
 PeerState: TypeAlias = Literal["connected", "connecting", "waiting"]
+
+#: A first failure or two are usual when both sides start together.
+FAILURES_TO_TELL: Final = 3
 
 _log = structlog.get_logger("peers")
 
@@ -387,7 +391,9 @@ class Peers:
                     if kept.peer in self._known:
                         continue  # replaced
                 kept.state = "waiting"
-                _log.debug("waiting to dial", address=kept.address, reason=kept.detail, failures=failures)
+                # Said once, when it begins; the table shows it as long as it lasts.
+                level = logging.WARNING if failures == FAILURES_TO_TELL else logging.DEBUG
+                _log.log(level, "can not reach", address=kept.address, reason=kept.detail, failures=failures)
                 await trio.sleep(self._backoff_ns(failures) / SECOND_NS)
                 failures += 1
 

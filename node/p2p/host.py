@@ -78,7 +78,8 @@ async def open_host(
             try:
                 async with trio.open_nursery() as handlers:
                     host.handler_tasks = handlers
-                    handlers.start_soon(trio.serve_listeners, host.accept, listeners)
+                    if listeners:  # a host may only dial
+                        handlers.start_soon(trio.serve_listeners, host.accept, listeners)
                     try:
                         yield host
                     finally:

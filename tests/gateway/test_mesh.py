@@ -365,6 +365,20 @@ async def test_a_job_waits_for_an_island_and_wakes_when_one_comes(world, ids_of)
         assert len(second.runtime.sessions) == 1
 
 
+async def test_a_model_is_known_for_a_while_after_its_last_island(world) -> None:
+    """So that a job for it waits, and then fails for want of Islands, not because nobody heard of it."""
+    async with world() as here:
+        first = await here.island()
+        known = here.mesh.model("m")
+        await first.die()
+        await until(lambda: len(here.mesh.book) == 0)
+        gone = here.mesh.model("m")
+        assert (gone.digest, gone.islands, gone.ready) == (known.digest, 0, 0)
+        assert here.mesh.model(known.digest) == gone
+        assert here.mesh.models() == ()
+        assert here.mesh.model("never seen") is None
+
+
 async def test_nobody_comes(world) -> None:
     async with world(SupervisionPolicy(wait_ns=50 * MILLISECOND_NS)) as here:
         first = await here.island()

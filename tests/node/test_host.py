@@ -235,3 +235,9 @@ async def test_streams_go_to_the_connection_that_lives(until) -> None:
                 stream = await a.open_stream(identity.peer, "/who/1")
                 assert await stream.receive_some() == b"new"
             nursery.cancel_scope.cancel()
+
+
+async def test_a_host_may_only_dial() -> None:
+    async with open_host(new_identity()) as listens, open_host(new_identity(), ()) as dials:
+        assert dials.addresses == ()
+        assert await dials.connect(listens.addresses[0]) == listens.peer

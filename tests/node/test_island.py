@@ -18,10 +18,11 @@ from cargos.runtimes.base import RuntimeFailed, RuntimeSpec
 from node.config import NetworkSettings, NodeSettings
 from node.control import ask_status
 from node.identity import new_identity
-from node.island import ROLE_COORDINATOR, Island, IslandState
+from node.island import ROLE_COORDINATOR, Island
 from node.p2p import Host, open_host
 from node.peers import open_peers
 from node.settings import SettingsError
+from node.state import IslandState
 from protocol.adverts import ADVERT, ADVERT_KIND, METHOD_ADVERT, Accepted, Hello, IslandAdvert
 from protocol.codec import Codec
 from protocol.dice import Dice
