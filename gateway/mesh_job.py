@@ -120,6 +120,7 @@ class MeshJob:
         self._tokens = 0
         self._attempt: _Attempt | None = None
         self._placed: JobPlaced[PeerId] | None = None
+        self._story: dict[str, str | int | float] | None = None
         self._without_island_since = mesh.now()
         self._waiting = False
         self._timer: Instant | None = None
@@ -140,6 +141,7 @@ class MeshJob:
         self._feed(Ordered(Start()))
 
     def abort(self) -> None:
+        self._tell_story()
         self._feed(Ordered(Abort()))
 
     def islands_changed(self) -> None:
@@ -155,6 +157,7 @@ class MeshJob:
                 await self._arrived.wait()
             event = self._events.popleft()
             yield event
+            self._tell_story()
             if isinstance(event, Released):
                 self._feed(Ordered(Consumed(event.first + len(event.tokens))))
 
@@ -332,15 +335,20 @@ class MeshJob:
             queue_ns = self._mesh.now() - self._without_island_since
             name, rtt_ns = self._mesh.name_of(peer), self._mesh.rtt_ns(peer)
             self._put(Placed(name, peer, rtt_ns, queue_ns, placed.hand_over))
-            _log.info(
-                "job placed",
-                job=self.id[:8],
-                island=name,
-                hand_over=placed.hand_over,
-                tokens=self._tokens,
-                rtt_ms=round(rtt_ns / MILLISECOND_NS, 2),
-                queue_ms=queue_ns // MILLISECOND_NS,
-            )
+            self._story = {
+                "job": self.id[:8],
+                "island": name,
+                "hand_over": placed.hand_over,
+                "tokens": self._tokens,
+                "rtt_ms": round(rtt_ns / MILLISECOND_NS, 2),
+                "queue_ms": queue_ns // MILLISECOND_NS,
+            }
+
+    def _tell_story(self) -> None:
+        """Log where the job runs: once the consumer has taken an event, so that no token waits for a log line."""
+        story, self._story = self._story, None
+        if story is not None:
+            _log.info("job placed", **story)
 
     def _notice(self, event: Preparing) -> None:
         if len(self._events) < MAX_WAITING_NOTICES:
