@@ -345,7 +345,7 @@ class MeshJob:
             }
 
     def _tell_story(self) -> None:
-        """Log where the job runs: once the consumer has taken an event, so that no token waits for a log line."""
+        """Log where the job runs, once the consumer has taken an event: no token waits for a log line."""
         story, self._story = self._story, None
         if story is not None:
             _log.info("job placed", **story)
