@@ -31,7 +31,7 @@ class HttpBindSettings(Settings, frozen=True):
 
 
 class MeshSettings(Settings, frozen=True):
-    """`listen`: multaddrs where Islands reach this gateway. `islands`: full multiaddrs of Islands that the
+    """`listen`: multiaddrs where Islands reach this gateway. `islands`: full multiaddrs of Islands that the
     gateway dials itself and keeps.
     """
 

@@ -310,6 +310,7 @@ class MeshJob:
                 self._show_placed()
                 self._complete(cast("JobCompleted[PeerId]", event))
             case JobFailed(code, detail, retry_after_ms):
+                self._tell_story()
                 _log.info("job failed", job=self.id[:8], code=code, detail=detail)
                 self._put(Failed(cast("FailureCode", code), detail, retry_after_ms))
             case _:
@@ -317,6 +318,7 @@ class MeshJob:
 
     def _complete(self, event: JobCompleted[PeerId]) -> None:
         usage = event.usage
+        self._tell_story()
         _log.info(
             "job completed",
             job=self.id[:8],

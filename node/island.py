@@ -1,6 +1,6 @@
 """One Island, assembled: network, Cargos, jobs, adverts, status.
 
-Everything runs in one trio task tree; leaving `run_island` (Ctrl-C, SIGTERM) ends all of it: running jobs are
+Everything runs in one trio task tree; leaving `Island.run` (Ctrl-C, SIGTERM) ends all of it: running jobs are
 handed over by their gateways, worker processes and listeners are gone.
 """
 

@@ -13,8 +13,11 @@ from typing import Any, Final, cast
 from llama_cpp import llama_grammar as _converter
 
 from cargos.runtimes.base import JobRefused
+from cargos.runtimes.llama.leftovers import close_leftovers
 from protocol.codec import excerpt
 from protocol.work import Constraint
+
+close_leftovers()
 
 #: A grammar after conversion from a schema. Parsing is linear; every rule costs time at each token.
 _MAX_GRAMMAR_CHARS: Final = 256 * 1024

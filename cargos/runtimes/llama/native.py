@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
-from llama_cpp import _utils as _llama_utils
 from llama_cpp import llama_cpp as _lib
 from numpy.typing import NDArray
+
+from cargos.runtimes.llama.leftovers import close_leftovers
 
 Logits: TypeAlias = NDArray[np.float32]
 
@@ -41,10 +42,7 @@ _CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.
 
 #: The ctypes layer is typed loosely (handles are plain integers); from here on it is one untyped value.
 _c: Final = cast("Any", _lib)
-
-# Its high-level API, which we do not use, opens /dev/null twice at import and never closes it.
-for _null in (cast("Any", _llama_utils).outnull_file, cast("Any", _llama_utils).errnull_file):
-    _null.close()
+close_leftovers()
 
 
 class NativeError(Exception):
