@@ -1,4 +1,4 @@
-"""What a DHT machine is told by its user, and what it tells. A `ticket` is the user's own number for an order."""
+"""What a DHT machine is told by its user and what it tells. A `ticket` is the user's number for an order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FindClosest(msgspec.Struct, frozen=True, gc=False):
 
 
 class GetRecords(msgspec.Struct, frozen=True, gc=False):
-    """Records at `key`. Ends with `Found`: when `quorum` answers held records, or all closest peers answered."""
+    """Records at `key`. Ends with `Found`: once `quorum` answers held some, or all closest peers answered."""
 
     ticket: int
     key: Key

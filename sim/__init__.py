@@ -1,1 +1,1 @@
-"""The simulator: a world of virtual time that interprets the machines that run in production (docs/simulator.md)."""
+"""The simulator: a world of virtual time that interprets the very machines that run in production."""
