@@ -1,7 +1,8 @@
 """What an Island tells its coordinators about itself, and how they greet each other.
 
-An advert is a signed, numbered, expiring statement. Its speeds are claims: placement starts from them
-and corrects them by what it measures.
+An advert is a signed, numbered, expiring statement. Its speeds and its place are claims: placement starts
+from them and corrects them by what it measures. Every field that came after the first release has a default,
+so that older peers are understood and newer ones too (unknown fields are ignored).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from msgspec import Meta
 from protocol.codec import Codec, Message
 from protocol.instants import SECOND_NS
 from protocol.limits import (
+    MAX_ADDRESS_CHARS,
+    MAX_ADDRESSES,
     MAX_ADVERT_BYTES,
     MAX_ADVERT_CARGOS,
     MAX_CONTEXT_TOKENS,
@@ -33,15 +36,43 @@ ADVERT_TTL_NS: Final = 10 * SECOND_NS
 #: 1 PiB: no machine has more to say.
 MAX_ADVERT_MEMORY_MIB: Final = 1 << 30
 
+#: Prices are asked per this many tokens, so that whole micro-credits are fine enough (a chat costs credits).
+ASK_TOKENS: Final = 1000
+
+#: A million credits for one unit: no ask is higher, and sums over a job stay below 2**63.
+MAX_ASK_UCR: Final = 10**12
+
+#: An availability schedule repeats weekly; minutes are counted from Monday 00:00 UTC.
+WEEK_MINUTES: Final = 7 * 24 * 60
+
+#: Three windows a day: mornings, evenings, nights.
+MAX_WINDOWS: Final = 21
+
+#: More graphics memory, bandwidth (MB/s) and threads than any machine has.
+MAX_ADVERT_THREADS: Final = 65_536
+MAX_BANDWIDTH_MBPS: Final = 1 << 30
+
+#: Runtime types that one Island may name; there are six.
+MAX_RUNTIMES: Final = 16
+
 _Rate = Annotated[float, Meta(ge=0, le=1e9)]
 _Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 _ShortName = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
+_Address = Annotated[str, Meta(max_length=MAX_ADDRESS_CHARS)]
+_Mib = Annotated[int, Meta(ge=0, le=MAX_ADVERT_MEMORY_MIB)]
+_Ask = Annotated[int, Meta(ge=0, le=MAX_ASK_UCR)]
+Coordinate = Annotated[int, Meta(ge=0)]
+"""A packed network coordinate (dht/coordinates.py), 64 bits, which is all that MessagePack has; 0: unknown."""
+CountryCode = Annotated[str, Meta(max_length=2)]
+"""ISO 3166-1 alpha-2 in capitals, or empty: unknown."""
 
 
 class OfferedCargo(Part, frozen=True, gc=False):
     """A Cargo that the Island runs. `name` is the manifest's (the model name that consumers use).
 
     `decode_tps`: tokens/s of one sequence alone; `prefill_tps`: prompt tokens/s; measured at start and since.
+    `prompt_ask_ucr`, `output_ask_ucr`: asking prices, micro-credits per ASK_TOKENS tokens; `unit_ask_ucr`: per work
+    unit, for Cargos whose work is not tokens. `memory_mib`, `vram_mib`: what it takes up here; 0: unknown.
     """
 
     digest: Annotated[str, Meta(min_length=71, max_length=71)]
@@ -56,9 +87,38 @@ class OfferedCargo(Part, frozen=True, gc=False):
     decode_tps: _Rate
     prefill_tps: _Rate
     publisher: _ShortName = ""
+    prompt_ask_ucr: _Ask = 0
+    output_ask_ucr: _Ask = 0
+    unit_ask_ucr: _Ask = 0
+    memory_mib: _Mib = 0
+    vram_mib: _Mib = 0
+
+
+class Hardware(Part, frozen=True, gc=False):
+    """What the machine has. `memory_mib`, `vram_mib`: in total; `bandwidth_mbps`: of the memory that weights are
+    read from, MB/s. All claims; 0 and "" say unknown.
+    """
+
+    threads: Annotated[int, Meta(ge=0, le=MAX_ADVERT_THREADS)] = 0
+    memory_mib: _Mib = 0
+    gpu: _ShortName = ""
+    vram_mib: _Mib = 0
+    bandwidth_mbps: Annotated[int, Meta(ge=0, le=MAX_BANDWIDTH_MBPS)] = 0
+
+
+class Window(Part, frozen=True, gc=False, array_like=True):
+    """Open from `start` (minutes since Monday 00:00 UTC) for `minutes`; may run over the week's end."""
+
+    start: Annotated[int, Meta(ge=0, lt=WEEK_MINUTES)]
+    minutes: Annotated[int, Meta(ge=1, le=WEEK_MINUTES)]
 
 
 class IslandAdvert(Message, frozen=True, gc=False, tag="advert"):
+    """What an Island says of itself. `memory_mib`, `vram_mib`: free now. `load_permille`: how busy the machine is
+    with anything at all. `addresses`: where it can be dialled, relayed addresses included. `schedule`: when it
+    takes jobs; empty: always.
+    """
+
     max_bytes: ClassVar[int] = MAX_ADVERT_BYTES
 
     name: _ShortName
@@ -67,6 +127,14 @@ class IslandAdvert(Message, frozen=True, gc=False, tag="advert"):
     memory_mib: Annotated[int, Meta(ge=0, le=MAX_ADVERT_MEMORY_MIB)] = 0
     version: _ShortName = ""
     draining: bool = False
+    addresses: Annotated[tuple[_Address, ...], Meta(max_length=MAX_ADDRESSES)] = ()
+    country: CountryCode = ""
+    hardware: Hardware = Hardware()
+    runtimes: Annotated[tuple[_ShortName, ...], Meta(max_length=MAX_RUNTIMES)] = ()
+    vram_mib: _Mib = 0
+    load_permille: Annotated[int, Meta(ge=0, le=1000)] = 0
+    schedule: Annotated[tuple[Window, ...], Meta(max_length=MAX_WINDOWS)] = ()
+    coordinate: Coordinate = 0
 
 
 class Hello(Message, frozen=True, gc=False, tag="hello"):
