@@ -20,9 +20,11 @@ from gateway.http_server import open_listener, serve_http
 from gateway.keys import KeyRing
 from gateway.mesh import Mesh
 from node.identity import load_or_create_identity
-from node.island import ROLE_COORDINATOR, VERSION, monotonic_now, unix_now
+from node.island import AGENT, ROLE_COORDINATOR, VERSION, monotonic_now, unix_now
 from node.p2p import open_host
 from node.p2p.errors import ListenFailed
+from node.p2p.identify import serve_identify
+from node.p2p.ping import serve_ping
 from node.peers import open_peers
 from protocol.adverts import Hello
 from protocol.dice import Dice
@@ -64,6 +66,8 @@ async def run_gateway(
         open_peers(host, hello=hello, dice=dice) as peers,
         trio.open_nursery() as nursery,
     ):
+        serve_identify(host, agent=AGENT)
+        serve_ping(host)
         mesh = Mesh(host, peers, policy=settings.jobs.policy, now=monotonic_now, unix_now=unix_now)
         await nursery.start(mesh.keep)
         for address in settings.mesh.islands:

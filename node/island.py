@@ -33,6 +33,8 @@ from node.identity import load_or_create_identity
 from node.jobs import JobService
 from node.p2p import open_host
 from node.p2p.host import plain_errors
+from node.p2p.identify import serve_identify
+from node.p2p.ping import serve_ping
 from node.peers import PeerEvent, PeerUp, open_peers
 from node.rpc import CallFailed, PeerUnreachable
 from node.settings import SettingsError
@@ -55,6 +57,8 @@ from protocol.jobs import JOB_PROTOCOL
 from protocol.limits import MAX_ADVERT_CARGOS
 
 VERSION: Final = package_version("archipelag")
+#: What other libp2p peers see as our software.
+AGENT: Final = f"archipelag/{VERSION}"
 ROLE_ISLAND: Final = "island"
 ROLE_COORDINATOR: Final = "coordinator"
 
@@ -141,6 +145,8 @@ class Island:
                 )
                 state = self.state = IslandState(settings, self.identity, host, peers, jobs)
                 host.handle(JOB_PROTOCOL, jobs.handle)
+                serve_identify(host, agent=AGENT)
+                serve_ping(host)
                 peers.subscribe(self._on_peer)
                 for address in settings.network.coordinators:
                     peers.keep(address)

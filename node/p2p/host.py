@@ -173,6 +173,11 @@ class Host:
         return max((c.heard_at for c in self._connections.get(peer, ())), default=None)
 
     @property
+    def protocols(self) -> tuple[str, ...]:
+        """What is handled here, in the order in which it was registered."""
+        return tuple(self._handlers)
+
+    @property
     def inbound_streams(self) -> int:
         """Streams with a handler now."""
         return self._inbound_count
@@ -362,31 +367,35 @@ class Host:
         return True
 
     async def _run_handler(self, stream: Stream) -> None:
+        in_order = False
         try:
-            await self._handle(stream)
+            in_order = await self._handle(stream)
         finally:
-            stream.reset()  # does nothing to a stream that was closed in order
+            if not in_order:  # else the peer may still be reading what it was sent
+                stream.reset()
             self._inbound_count -= 1
             self._inbound[stream.peer] -= 1
             if not self._inbound[stream.peer]:
                 del self._inbound[stream.peer]
 
-    async def _handle(self, stream: Stream) -> None:
-        """The wall round handlers."""
+    async def _handle(self, stream: Stream) -> bool:
+        """The wall round handlers. Did it end in order, with the stream closed?"""
         try:
             with trio.fail_after(self._limits.negotiation_s):
                 handler = await self._agree(stream)
             if handler is not None:
                 await handler(stream)
                 await stream.aclose()
+                return True
         except (StreamBroken, trio.TooSlowError, NegotiationFailed) as error:
             _log.debug("stream ended", peer=stream.peer, protocol=stream.protocol, reason=excerpt(str(error)))
         except Exception as error:  # noqa: BLE001 - the outermost boundary of a handler's task
             if _only_remote(error):
                 _log.debug("stream ended", peer=stream.peer, protocol=stream.protocol, reason=repr(error))
-                return
+                return False
             self.counters.handler_failures += 1
             _log.exception("a stream handler failed", peer=stream.peer, protocol=stream.protocol)
+        return False
 
     async def _agree(self, stream: Stream) -> Handler | None:
         responder = Responder(self._handlers.__contains__)

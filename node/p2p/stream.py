@@ -59,6 +59,8 @@ class Mux(Protocol):
     budget: UnreadBudget
     counters: Counters
 
+    @property
+    def remote(self) -> str: ...
     def post(self, frame: bytes) -> None: ...
     def has_room(self, size: int) -> bool: ...
     async def wait_room(self, size: int) -> None: ...
@@ -129,6 +131,11 @@ class Stream:
         return f"<Stream {self.stream_id} {self.protocol or '(unnamed)'} to {self.peer}, {state}>"
 
     # --- for users ------------------------------------------------------------------------------
+
+    @property
+    def remote(self) -> str:
+        """Where the other end's bytes come from ('host:port' of a socket), for displays and identify."""
+        return self._mux.remote
 
     def send_nowait(self, data: bytes) -> bool:
         """Send all of it now, or (False) nothing, because it would have to wait or does not fit one frame.
