@@ -8,109 +8,57 @@ other's hello is refused ("busy") or its link is replaced. Both sides decide ali
 Who is dead. Any byte on a peer's connections shows that it lives; a ping each second makes sure that there are
 some. A peer that is silent for `dead_after_ns` is disconnected, which breaks its streams at once: a frozen
 process or a cut cable looks the same. If this node itself was frozen, it gives everybody a new chance first.
+
+Which links stay. Addresses given to `keep` are dialled for ever, links to peers that are `pin`ned or that have
+other streams open stay as they are; all others were opened on demand (`reach`) or by strangers, and end when
+nobody uses them (node/link_watch.py).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, TypeVar
+from typing import Final, TypeVar
 
 import structlog
 import trio
 
+from node.link_watch import LinkWatch
 from node.p2p import Host, Stream, StreamBroken, Unreachable, parse_peer_address
 from node.p2p.errors import AddressInvalid
 from node.p2p.host import plain_errors
+from node.peer_types import Known, PeerChanged, PeerDown, PeerEvent, PeersConfig, PeerState, PeerUp, PeerView
+from node.reach import Reacher
 from node.rpc import CallFailed, Method, Methods, PeerUnreachable, Refused, RpcCounters, RpcLink
 from protocol.adverts import HELLO, METHOD_HELLO, Hello
 from protocol.codec import Codec, Message
 from protocol.dice import Dice
 from protocol.ids import PeerId
-from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
+from protocol.instants import SECOND_NS, Instant
 from protocol.rpc import RPC_PROTOCOL
+
+__all__ = [
+    "PeerChanged",
+    "PeerDown",
+    "PeerEvent",
+    "PeerState",
+    "PeerUp",
+    "PeerView",
+    "Peers",
+    "PeersConfig",
+    "open_peers",
+]
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
-
-PeerState: TypeAlias = Literal["connected", "connecting", "waiting"]
 
 #: A first failure or two are usual when both sides start together.
 FAILURES_TO_TELL: Final = 3
 
 _log = structlog.get_logger("peers")
-
-
-@dataclass(frozen=True, slots=True)
-class PeersConfig:
-    """Times of the peer table, all durations in nanoseconds."""
-
-    heartbeat_ns: int = SECOND_NS
-    """A ping is 60 bytes; a thousand peers cost 60 kB/s."""
-
-    dead_after_ns: int = 4 * SECOND_NS
-    """Four lost heartbeats. Longer pauses of a live peer are rare even on mobile links, and a consumer
-    waits this long for a hand-over when an Island freezes."""
-
-    backoff_first_ns: int = 250 * MILLISECOND_NS
-    """A restarted process listens again after about this long."""
-
-    backoff_max_ns: int = 30 * SECOND_NS
-    """A peer that comes back after a night is found within this time."""
-
-    steady_after_ns: int = 5 * SECOND_NS
-    """A link that lived this long was a success: the next backoff starts anew."""
-
-    connect_ns: int = 10 * SECOND_NS
-    """Dialling, the RPC stream and hello together."""
-
-
-@dataclass(frozen=True, slots=True)
-class PeerUp:
-    """Hello was exchanged: calls work."""
-
-    peer: PeerId
-    hello: Hello
-
-
-@dataclass(frozen=True, slots=True)
-class PeerDown:
-    """The link is gone. Streams may have broken before this."""
-
-    peer: PeerId
-    reason: str
-
-
-PeerEvent: TypeAlias = PeerUp | PeerDown
-
-
-@dataclass(frozen=True, slots=True)
-class PeerView:
-    """One row of the peer table. `peer` is known for every address; `name` and `roles` once it said hello.
-
-    `last_seen`: when bytes last came, on this process's monotonic clock.
-    """
-
-    peer: PeerId
-    name: str
-    roles: tuple[str, ...]
-    address: str
-    state: PeerState
-    rtt_ns: int | None
-    last_seen: Instant | None
-    detail: str = ""
-
-
-@dataclass(slots=True)
-class _Known:
-    """A peer whose link is up."""
-
-    link: RpcLink
-    hello: Hello
-    ours: bool  # we opened the stream
 
 
 @dataclass(slots=True)
@@ -120,6 +68,7 @@ class _Kept:
     address: str
     peer: PeerId
     scope: trio.CancelScope
+    release: Callable[[], None]
     state: PeerState = "connecting"
     detail: str = ""
     last_seen: Instant | None = None
@@ -137,7 +86,7 @@ async def open_peers(
     with plain_errors():
         async with trio.open_nursery() as nursery:
             peers = Peers(host, hello, config, dice, nursery)
-            nursery.start_soon(peers.watch)
+            nursery.start_soon(peers.watch.run)
             try:
                 yield peers
             finally:
@@ -158,12 +107,19 @@ class Peers:
         self._dice = dice
         self._nursery = nursery
         self._methods = Methods()
-        self._known: dict[PeerId, _Known] = {}
+        self._known: dict[PeerId, Known] = {}
+        self._pins: dict[PeerId, int] = {}
         self._dialling: dict[PeerId, int] = {}  # our own links under way
         self._links: set[RpcLink] = set()
         self._kept: dict[str, _Kept] = {}
         self._subscribers: list[Callable[[PeerEvent], None]] = []
+        self._listeners: list[Callable[[PeerId, int], None]] = []
         self._closed = False
+        self.watch: Final = LinkWatch(host, self._known, self._needed, config)
+        self._reacher = Reacher(
+            self._open_link, self._known.__contains__, self._host_connected, nursery, config
+        )
+        self.serve(METHOD_HELLO, HELLO, self._greet_again)
         host.handle(RPC_PROTOCOL, self._serve_inbound)
 
     # --- serving --------------------------------------------------------------------------------
@@ -176,9 +132,19 @@ class Peers:
         """
         self._methods.serve(method, request, handler)
 
-    def serve_notice(self, method: str, codec: Codec[Q], handler: Callable[[PeerId, Q], None]) -> None:
-        """Take notices of `method` from any peer. Raises ValueError if it is served already."""
-        self._methods.serve_notice(method, codec, handler)
+    def serve_notice(
+        self,
+        method: str,
+        codec: Codec[Q],
+        handler: Callable[[PeerId, Q], None],
+        *,
+        admit: Callable[[PeerId], bool] | None = None,
+    ) -> None:
+        """Take notices of `method` from any peer; those that `admit` refuses are dropped undecoded.
+
+        Raises ValueError if it is served already.
+        """
+        self._methods.serve_notice(method, codec, handler, admit=admit)
 
     def subscribe(self, callback: Callable[[PeerEvent], None]) -> Callable[[], None]:
         """Call `callback` at each event, in order; it must return at once and not raise.
@@ -188,7 +154,58 @@ class Peers:
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
 
+    def subscribe_round_trips(self, callback: Callable[[PeerId, int], None]) -> Callable[[], None]:
+        """Call `callback(peer, rtt_ns)` at each round trip measured on a link. Returns what ends it."""
+        self._listeners.append(callback)
+        return lambda: self._listeners.remove(callback)
+
+    def introduce(self, hello: Hello) -> None:
+        """Say this of ourselves from now on; peers with a link are told at once."""
+        if hello == self._hello:
+            return
+        self._hello = hello
+        for known in self._known.values():
+            self._nursery.start_soon(self._say_hello_again, known.link)
+
+    @property
+    def introduction(self) -> Hello:
+        """What we say of ourselves."""
+        return self._hello
+
     # --- staying connected ----------------------------------------------------------------------
+
+    async def reach(self, peer: PeerId, addresses: Iterable[str] = ()) -> None:
+        """Return once there is a link to the peer: the one that is up, or a new one on demand.
+
+        The addresses (full, with /p2p/ID) are tried in order, except those that failed a moment ago; an
+        existing connection comes first. However many callers, one dial runs. The link ends when it is not used
+        for `PeersConfig.idle_ns`, unless somebody pins the peer. Raises PeerUnreachable.
+        """
+        if peer == self._host.peer:
+            raise PeerUnreachable("that is this node itself")
+        await self._reacher.reach(peer, addresses)
+
+    def forgive(self, address: str) -> None:
+        """There is news of this address: even if it failed a moment ago, it may be dialled on demand."""
+        self._reacher.forgive(address)
+
+    def pin(self, peer: PeerId) -> Callable[[], None]:
+        """Somebody here needs the connection to this peer: it is not closed for want of use.
+
+        Returns what ends it.
+        """
+        self._pins[peer] = self._pins.get(peer, 0) + 1
+        held = True
+
+        def release() -> None:
+            nonlocal held
+            if held:
+                held = False
+                self._pins[peer] -= 1
+                if not self._pins[peer]:
+                    del self._pins[peer]
+
+        return release
 
     def keep(self, address: str) -> None:
         """Dial `address` (with /p2p/ID) and stay connected, with backoff. Idempotent.
@@ -200,14 +217,15 @@ class Peers:
         _, peer = parse_peer_address(address)
         if peer == self._host.peer:
             raise AddressInvalid(f"{address!r} is this node itself")
-        kept = self._kept[address] = _Kept(address, peer, trio.CancelScope())
+        kept = self._kept[address] = _Kept(address, peer, trio.CancelScope(), self.pin(peer))
         self._nursery.start_soon(self._keep, kept)
 
     def forget(self, address: str) -> None:
-        """Dial it no more. A link that is up stays until it ends. Idempotent."""
+        """Dial it no more. A link that is up stays as long as it is used. Idempotent."""
         kept = self._kept.pop(address, None)
         if kept is not None:
             kept.scope.cancel()
+            kept.release()
 
     # --- calling --------------------------------------------------------------------------------
 
@@ -293,18 +311,23 @@ class Peers:
             await trio.lowlevel.checkpoint_if_cancelled()
             return self._hello
 
-        link = RpcLink(stream, self._methods, self.counters, greeting=(METHOD_HELLO, Method(HELLO, greet)))
+        greeting = (METHOD_HELLO, Method(HELLO, greet))
+        link = RpcLink(stream, self._methods, self.counters, greeting=greeting, measured=self._measured)
         await self._run_link(link)
 
-    async def _open_link(self, peer: PeerId, address: str) -> RpcLink:
-        """Connect, open a stream, say hello. Raises Unreachable, CallFailed, PeerUnreachable."""
+    async def _open_link(self, peer: PeerId, address: str | None) -> RpcLink:
+        """Connect (unless `address` is None: we are connected), open a stream, say hello.
+
+        Raises Unreachable, CallFailed, PeerUnreachable.
+        """
         self._dialling[peer] = self._dialling.get(peer, 0) + 1
         link: RpcLink | None = None
         opened = False
         try:
-            await self._host.connect(address)
+            if address is not None:
+                await self._host.connect(address)
             stream = await self._host.open_stream(peer, RPC_PROTOCOL)
-            link = RpcLink(stream, self._methods, self.counters)
+            link = RpcLink(stream, self._methods, self.counters, measured=self._measured)
             self._nursery.start_soon(self._run_link, link)
             hello = await link.call(METHOD_HELLO, self._hello, HELLO, deadline_ns=self._config.connect_ns)
             opened = self._adopt(link, hello, ours=True)
@@ -336,15 +359,19 @@ class Peers:
             return False
         known = self._known.get(peer)
         if known is not None and known.link is link:
-            known.hello = hello
+            self._renew(link, hello)
             return True
         if ours:
             if known is not None and not known.ours and peer < self._host.peer:
                 return False
         elif self._host.peer < peer and (peer in self._dialling or (known is not None and known.ours)):
             return False
+        if known is None:
+            self._make_room(peer, ours=ours)
         link.opened = True
-        self._known[peer] = _Known(link, hello, ours)
+        now = trio.current_time()
+        self._known[peer] = Known(link, hello, ours, lively=True, judged_from=now, pinged_at=now)
+        self._reacher.note_up(peer)
         if known is not None:
             known.link.close("replaced by a newer link")
         else:
@@ -360,6 +387,49 @@ class Peers:
         del self._known[link.peer]
         _log.info("peer down", peer=link.peer, name=known.hello.name, reason=link.reason)
         self._publish(PeerDown(link.peer, link.reason))
+
+    def _make_room(self, peer: PeerId, *, ours: bool) -> None:
+        """Bound the links that nobody needs. Raises Refused if there is no room for this one."""
+        if self._needed(peer):
+            return
+        try:
+            leaver = self.watch.find_room(ours=ours)
+        except BlockingIOError:
+            raise Refused("busy", "as many links are in use as are allowed") from None
+        if leaver is not None:
+            self._known[leaver].link.close("others need the room")
+
+    def _needed(self, peer: PeerId) -> bool:
+        return peer in self._pins
+
+    def _host_connected(self, peer: PeerId) -> bool:
+        return self._host.heard_at(peer) is not None
+
+    def _measured(self, peer: PeerId, rtt_ns: int) -> None:
+        for listener in tuple(self._listeners):
+            listener(peer, rtt_ns)
+
+    async def _say_hello_again(self, link: RpcLink) -> None:
+        try:
+            hello = await link.call(METHOD_HELLO, self._hello, HELLO, deadline_ns=self._config.connect_ns)
+        except (CallFailed, PeerUnreachable) as error:
+            _log.debug("hello not heard", peer=link.peer, reason=str(error))
+        else:
+            self._renew(link, hello)
+
+    async def _greet_again(self, peer: PeerId, hello: Hello) -> Hello:
+        """A peer whose link we opened says something new of itself."""
+        known = self._known.get(peer)
+        if known is not None:
+            self._renew(known.link, hello)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        return self._hello
+
+    def _renew(self, link: RpcLink, hello: Hello) -> None:
+        known = self._known.get(link.peer)
+        if known is not None and known.link is link and known.hello != hello:
+            known.hello = hello
+            self._publish(PeerChanged(link.peer, hello))
 
     def _publish(self, event: PeerEvent) -> None:
         for callback in tuple(self._subscribers):
@@ -414,29 +484,6 @@ class Peers:
         steps = math.ceil(math.log2(max(1, self._config.backoff_max_ns // self._config.backoff_first_ns)))
         whole = min(self._config.backoff_max_ns, self._config.backoff_first_ns << min(failures, steps))
         return round(whole * (0.5 + 0.5 * self._dice.unit()))
-
-    async def watch(self) -> None:
-        """Heartbeats, and the end of those who do not answer them."""
-        heartbeat = self._config.heartbeat_ns / SECOND_NS
-        tick = heartbeat / 4
-        limit = self._config.dead_after_ns / SECOND_NS
-        pardon = trio.current_time()  # silence before this moment does not count
-        next_ping = pardon
-        while True:
-            before = trio.current_time()
-            await trio.sleep(tick)
-            now = trio.current_time()
-            if now - before > tick + heartbeat:
-                pardon = now  # it was us who slept: what they sent waits unread in our sockets
-            for peer in self.up():
-                heard = self._host.heard_at(peer)
-                if heard is not None and now - max(heard, pardon) > limit:
-                    _log.warning("peer silent", peer=peer, silent_s=round(now - heard, 1))
-                    await self._host.disconnect(peer, f"silent for {now - heard:.1f} s")
-            if now >= next_ping:
-                next_ping = now + heartbeat - tick / 2
-                for known in tuple(self._known.values()):
-                    known.link.ping()
 
     def close(self) -> None:
         """For open_peers."""

@@ -88,10 +88,14 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class NoticeMethod:
-    """What to do with notices of one method. The handler must not raise or block."""
+    """What to do with notices of one method. The handler must not raise or block.
+
+    `admit` is asked before a notice is decoded; what it refuses is dropped and counted.
+    """
 
     notice: Codec[Any]
     handler: Callable[[PeerId, Any], None]
+    admit: Callable[[PeerId], bool] | None = None
 
 
 @dataclass(slots=True)
@@ -105,6 +109,7 @@ class RpcCounters:
     handler_failures: int = 0
     notices_sent: int = 0
     notices_dropped: int = 0
+    notices_refused: int = 0
     malformed: int = 0
 
 
@@ -120,10 +125,17 @@ class Methods:
         self._check(method, self.requests)
         self.requests[method] = Method(request, handler)
 
-    def serve_notice(self, method: str, notice: Codec[Q], handler: Callable[[PeerId, Q], None]) -> None:
+    def serve_notice(
+        self,
+        method: str,
+        notice: Codec[Q],
+        handler: Callable[[PeerId, Q], None],
+        *,
+        admit: Callable[[PeerId], bool] | None = None,
+    ) -> None:
         """Take notices of `method`. Raises ValueError if the name is taken or too long."""
         self._check(method, self.notices)
-        self.notices[method] = NoticeMethod(notice, handler)
+        self.notices[method] = NoticeMethod(notice, handler, admit)
 
     @staticmethod
     def _check(method: str, taken: Mapping[str, object]) -> None:
@@ -149,8 +161,12 @@ class RpcLink:
         counters: RpcCounters,
         *,
         greeting: tuple[str, Method] | None = None,
+        measured: Callable[[PeerId, int], None] | None = None,
     ) -> None:
-        """`greeting`: a method of this link only. Until `opened` is set, nothing else is answered."""
+        """`greeting`: a method of this link only. Until `opened` is set, nothing else is answered.
+
+        `measured` hears each round trip of a ping (nanoseconds); it must not raise.
+        """
         self.peer: Final[PeerId] = stream.peer
         self.ended: Final = trio.Event()
         self.reason = ""
@@ -158,6 +174,10 @@ class RpcLink:
         self.opened = greeting is None
         self.rtt_ns: int | None = None  # smoothed
         self.min_rtt_ns: int | None = None
+        self.used_at = (
+            trio.current_time()
+        )  # when either side last called or told something (pings do not count)
+        self._measured = measured
         self._stream = stream
         self._messages: MessageStream[RpcFrame, RpcFrame] = MessageStream(stream, RPC_CODEC, RPC_CODEC)
         self._methods = methods
@@ -179,6 +199,11 @@ class RpcLink:
 
     # --- for users ------------------------------------------------------------------------------
 
+    @property
+    def busy(self) -> bool:
+        """Is a call open, in either direction?"""
+        return bool(self._calls or self._running)
+
     async def call(self, method: str, message: Message, reply: Codec[R], *, deadline_ns: int) -> R:
         """Call and wait for the answer, `deadline_ns` at most (a duration; both sides keep to it).
 
@@ -187,6 +212,7 @@ class RpcLink:
         """
         body = _body(message)
         self._counters.calls += 1
+        self.used_at = trio.current_time()
         with trio.move_on_after(deadline_ns / SECOND_NS) as scope:
             async with self._slots:
                 answer = await self._exchange(method, body, scope)
@@ -229,6 +255,7 @@ class RpcLink:
             self._counters.notices_dropped += 1
             return False
         self._counters.notices_sent += 1
+        self.used_at = trio.current_time()
         self._post(Notice(method, _body(message)))
         return True
 
@@ -367,6 +394,7 @@ class RpcLink:
             self._refuse(request, "malformed", error.detail)
             return
         self._running += 1
+        self.used_at = trio.current_time()
         scope = self._serving[request.call] = trio.CancelScope()
         nursery.start_soon(self._serve, request, method, body, scope)
 
@@ -408,6 +436,10 @@ class RpcLink:
         method = self._methods.notices.get(notice.method)
         if method is None or not self.opened:
             return  # nothing waits for an answer; a newer peer may know more
+        if method.admit is not None and not method.admit(self.peer):
+            self._counters.notices_refused += 1
+            return
+        self.used_at = trio.current_time()
         try:
             body = method.notice.decode_untrusted(notice.body)
         except ProtocolError:
@@ -428,9 +460,11 @@ class RpcLink:
         sample = max(1, round((trio.current_time() - sent) * SECOND_NS))
         if self.rtt_ns is None or self.min_rtt_ns is None:
             self.rtt_ns = self.min_rtt_ns = sample
-            return
-        self.rtt_ns = round(self.rtt_ns + RTT_GAIN * (sample - self.rtt_ns))
-        self.min_rtt_ns = min(self.min_rtt_ns, sample)
+        else:
+            self.rtt_ns = round(self.rtt_ns + RTT_GAIN * (sample - self.rtt_ns))
+            self.min_rtt_ns = min(self.min_rtt_ns, sample)
+        if self._measured is not None:
+            self._measured(self.peer, sample)
 
 
 def _body(message: Message) -> bytes:

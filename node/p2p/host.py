@@ -177,6 +177,10 @@ class Host:
         """What is handled here, in the order in which it was registered."""
         return tuple(self._handlers)
 
+    def streams_of(self, peer: PeerId) -> int:
+        """Open streams on all connections to it, whoever opened them."""
+        return sum(len(c.streams) for c in self._connections.get(peer, ()))
+
     @property
     def inbound_streams(self) -> int:
         """Streams with a handler now."""
