@@ -67,12 +67,13 @@ CountryCode = Annotated[str, Meta(max_length=2)]
 """ISO 3166-1 alpha-2 in capitals, or empty: unknown."""
 
 
-class OfferedCargo(Part, frozen=True, gc=False):
+class OfferedCargo(Part, frozen=True, gc=False, omit_defaults=True):
     """A Cargo that the Island runs. `name` is the manifest's (the model name that consumers use).
 
     `decode_tps`: tokens/s of one sequence alone; `prefill_tps`: prompt tokens/s; measured at start and since.
-    `prompt_ask_ucr`, `output_ask_ucr`: asking prices, micro-credits per ASK_TOKENS tokens; `unit_ask_ucr`: per work
-    unit, for Cargos whose work is not tokens. `memory_mib`, `vram_mib`: what it takes up here; 0: unknown.
+    `prompt_ask_ucr`, `output_ask_ucr`: asking prices, micro-credits per ASK_TOKENS tokens; `unit_ask_ucr`:
+    per work unit, for Cargos whose work is not tokens. `memory_mib`, `vram_mib`: what it takes up here; 0:
+    unknown.
     """
 
     digest: Annotated[str, Meta(min_length=71, max_length=71)]
@@ -94,9 +95,9 @@ class OfferedCargo(Part, frozen=True, gc=False):
     vram_mib: _Mib = 0
 
 
-class Hardware(Part, frozen=True, gc=False):
-    """What the machine has. `memory_mib`, `vram_mib`: in total; `bandwidth_mbps`: of the memory that weights are
-    read from, MB/s. All claims; 0 and "" say unknown.
+class Hardware(Part, frozen=True, gc=False, omit_defaults=True):
+    """What the machine has. `memory_mib`, `vram_mib`: in total; `bandwidth_mbps`: of the memory that weights
+    are read from, MB/s. All claims; 0 and "" say unknown.
     """
 
     threads: Annotated[int, Meta(ge=0, le=MAX_ADVERT_THREADS)] = 0
@@ -113,10 +114,10 @@ class Window(Part, frozen=True, gc=False, array_like=True):
     minutes: Annotated[int, Meta(ge=1, le=WEEK_MINUTES)]
 
 
-class IslandAdvert(Message, frozen=True, gc=False, tag="advert"):
-    """What an Island says of itself. `memory_mib`, `vram_mib`: free now. `load_permille`: how busy the machine is
-    with anything at all. `addresses`: where it can be dialled, relayed addresses included. `schedule`: when it
-    takes jobs; empty: always.
+class IslandAdvert(Message, frozen=True, gc=False, omit_defaults=True, tag="advert"):
+    """What an Island says of itself. `memory_mib`, `vram_mib`: free now. `load_permille`: how busy the
+    machine is with anything at all. `addresses`: where it can be dialled, relayed addresses included.
+    `schedule`: when it takes jobs; empty: always.
     """
 
     max_bytes: ClassVar[int] = MAX_ADVERT_BYTES
