@@ -139,11 +139,15 @@ class IslandAdvert(Message, frozen=True, gc=False, omit_defaults=True, tag="adve
 
 
 class Hello(Message, frozen=True, gc=False, tag="hello"):
-    """First call on a kept stream, both ways: who I am for people, and the roles I play."""
+    """First call on a kept stream, both ways: who I am for people, the roles I play, and where I can be dialled.
+
+    Said again when it changes.
+    """
 
     name: _ShortName
     version: _ShortName
     roles: Annotated[tuple[_ShortName, ...], Meta(max_length=8)] = ()
+    addresses: Annotated[tuple[_Address, ...], Meta(max_length=MAX_ADDRESSES)] = ()
 
 
 class Accepted(Message, frozen=True, gc=False, tag="ok"):
