@@ -6,24 +6,42 @@ instead. The pieces below them are libp2p's: TCP, multistream-select, noise, yam
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import Final, TypeAlias, cast
+from typing import Final, TypeAlias
 
 import structlog
 import trio
 
 from node.identity import Identity
-from node.p2p.addresses import Address, addresses_of, parse_address, parse_peer_address
-from node.p2p.errors import ChannelBroken, ListenFailed, StreamBroken, Unreachable
+from node.p2p.addresses import Address, addresses_of, parse_peer_address
+from node.p2p.errors import ChannelBroken, StreamBroken, Unreachable
+from node.p2p.host_events import (
+    AddressesChanged,
+    HostEvent,
+    Observed,
+    PeerConnected,
+    PeerDirect,
+    PeerDisconnected,
+)
 from node.p2p.limits import HostLimits
 from node.p2p.multistream import MAX_LINE_BYTES, NegotiationFailed, NotSupported, Proposer, Responder, line
 from node.p2p.muxer import Connection
 from node.p2p.noise import HandshakeFailed, Secured
+from node.p2p.relay_dial import PathFilter, is_direct, is_from_listener, is_relayed, open_circuit
+from node.p2p.sockets import (
+    Endpoint,
+    PortBusy,
+    dial,
+    endpoint_of,
+    explain,
+    leaves,
+    open_listeners,
+    source_for,
+)
 from node.p2p.stream import Counters, Stream, UnreadBudget
+from node.p2p.transport import Path, SocketTransport, Transport
 from node.p2p.upgrade import Upgrader
 from protocol.codec import excerpt
 from protocol.errors import ProtocolError
@@ -33,26 +51,8 @@ Handler: TypeAlias = Callable[[Stream], Awaitable[None]]
 
 _log = structlog.get_logger("p2p")
 
-#: What the kernel keeps of connections that we have not accepted yet; Linux caps it at its own somaxconn.
-_LISTEN_BACKLOG: Final = 512
-
-
-@dataclass(frozen=True, slots=True)
-class PeerConnected:
-    """The first connection to this peer is up."""
-
-    peer: PeerId
-
-
-@dataclass(frozen=True, slots=True)
-class PeerDisconnected:
-    """The last connection to this peer is gone."""
-
-    peer: PeerId
-    reason: str
-
-
-HostEvent: TypeAlias = PeerConnected | PeerDisconnected
+#: Peers whose word on our own address is remembered.
+_MAX_OBSERVERS: Final = 64
 
 
 @asynccontextmanager
@@ -66,15 +66,12 @@ async def open_host(
 
     Raises ListenFailed (address in use, ...) or AddressInvalid.
     """
-    listeners = await _open_listeners(listen)
-    addresses = tuple(
-        text
-        for listener in listeners
-        for text in addresses_of(cast("tuple[str, int]", listener.socket.getsockname()[:2]), identity.peer)
-    )
+    listeners = await open_listeners(listen)
+    endpoints = tuple(map(endpoint_of, listeners))
+    addresses = tuple(text for endpoint in endpoints for text in addresses_of(endpoint, identity.peer))
     with plain_errors():
         async with trio.open_nursery() as connections:
-            host = Host(identity, addresses, limits, connections)
+            host = Host(identity, endpoints, addresses, limits, connections)
             try:
                 async with trio.open_nursery() as handlers:
                     host.handler_tasks = handlers
@@ -99,10 +96,10 @@ def plain_errors() -> Generator[None]:
     try:
         yield
     except BaseExceptionGroup as group:
-        leaves = list(_leaves(group))
-        if len(leaves) != 1:
+        found = list(leaves(group))
+        if len(found) != 1:
             raise
-        leaf = leaves[0]
+        leaf = found[0]
         context = leaf.__context__
         try:
             raise leaf
@@ -116,12 +113,17 @@ class Host:
     def __init__(
         self,
         identity: Identity,
+        endpoints: tuple[Endpoint, ...],
         addresses: tuple[str, ...],
         limits: HostLimits,
         connections: trio.Nursery,
     ) -> None:
         self.peer: Final = identity.peer
-        self.addresses: Final = addresses
+        self.identity: Final = identity
+        self.endpoints: Final = endpoints  # where our sockets listen
+        self.listening: Final = addresses
+        self.observed: Final = OrderedDict[PeerId, Observed]()
+        self._announced: tuple[str, ...] = ()
         self.counters: Final = Counters()
         self._limits = limits
         self.closing = False
@@ -132,6 +134,8 @@ class Host:
         self._handlers: dict[str, Handler] = {}
         self._connections: dict[PeerId, list[Connection]] = {}
         self._connection_count = 0
+        self._relayed_count = 0
+        self._punches: dict[str, PeerId] = {}
         self._dials: dict[PeerId, trio.Lock] = {}
         self._handshakes = trio.CapacityLimiter(limits.max_handshakes)
         self._inbound: dict[PeerId, int] = {}
@@ -159,14 +163,36 @@ class Host:
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
 
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where others may find this node, the best first: what was announced, then where it listens."""
+        return self._announced + tuple(a for a in self.listening if a not in self._announced)
+
+    def announce(self, addresses: Sequence[str]) -> None:
+        """Addresses besides those that we listen on (public, relayed), instead of those named before."""
+        if tuple(addresses) != self._announced:
+            self._announced = tuple(addresses)
+            self._publish(AddressesChanged(self.addresses))
+
+    def note_observed(self, peer: PeerId, address: str, *, mapped: bool = False) -> None:
+        """Remember where `peer` sees us (identify's observed address)."""
+        self.observed[peer] = Observed(address, mapped)
+        self.observed.move_to_end(peer)
+        while len(self.observed) > _MAX_OBSERVERS:
+            self.observed.popitem(last=False)
+
     def connected(self) -> tuple[PeerId, ...]:
         """Peers with a connection, in the order in which they came."""
         return tuple(self._connections)
 
     def remote_of(self, peer: PeerId) -> str | None:
-        """'host:port' of the connection in use, for displays."""
-        connections = self._connections.get(peer)
-        return connections[0].remote if connections else None
+        """'host:port' of the connection in use, or who relays it, for displays."""
+        connection = self._usable(peer)
+        return connection.remote if connection else None
+
+    def paths(self, peer: PeerId) -> tuple[Path, ...]:
+        """Of its connections, in the order in which they came."""
+        return tuple(c.path for c in self._connections.get(peer, ()) if c.broken is None)
 
     def heard_at(self, peer: PeerId) -> float | None:
         """`trio.current_time()` when bytes last came from it, on whatever stream; None if not connected."""
@@ -191,8 +217,9 @@ class Host:
         """Received and not yet read, over all streams."""
         return self._budget.used
 
-    async def connect(self, address: str) -> PeerId:
-        """Connect to the peer at `/ip4/…/tcp/…/p2p/ID` (or ip6, dns, dns4, dns6). No-op if connected.
+    async def connect(self, address: str, *, over: PathFilter | None = None) -> PeerId:
+        """Connect to the peer at `/ip4/…/tcp/…/p2p/ID` (or ip6, dns, dns4, dns6), or through a relay at
+        `/ip4/…/tcp/…/p2p/RELAY/p2p-circuit/p2p/ID`. No-op if connected, by a path that `over` accepts.
 
         No retries, no memory of failures, no wait: what bounds it is the caller's cancel scope and
         `HostLimits.handshake_s`. Raises Unreachable.
@@ -203,18 +230,20 @@ class Host:
         lock = self._dials.setdefault(peer, trio.Lock())
         try:
             async with lock:  # two callers, one connection
-                if self._usable(peer) is None:
-                    await self._dial(target, peer)
+                if self._usable(peer, over) is None:
+                    await self._dial(target, peer, from_listener=over is is_from_listener)
         finally:
             if not lock.locked():
                 self._dials.pop(peer, None)
         return peer
 
-    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
-        """A new stream to a connected peer, after it agreed to speak `protocol`. Raises Unreachable."""
-        connection = self._usable(peer)
+    async def open_stream(self, peer: PeerId, protocol: str, *, over: PathFilter | None = None) -> Stream:
+        """A new stream to a connected peer, after it agreed to speak `protocol`, on a connection whose path
+        `over` accepts. Raises Unreachable.
+        """
+        connection = self._usable(peer, over)
         if connection is None:
-            raise Unreachable("not connected")
+            raise Unreachable("not connected" if over is None else "no such connection to the peer")
         proposer = Proposer(protocol)
         stream = await connection.open_stream(proposer.opening)
         agreed = False
@@ -249,74 +278,155 @@ class Host:
             self._remove(connection)
         await trio.lowlevel.checkpoint()
 
+    # --- for the NAT traversal ------------------------------------------------------------------
+
+    async def join_outbound(self, transport: Transport, peer: PeerId, path: Path) -> None:
+        """Make a pipe to `peer` on which we speak first a connection. Raises Unreachable."""
+        self._check_capacity(peer, path)
+        with self._as_unreachable():
+            secured = await self._upgrader.dial(transport, peer)
+        self.counters.connections_dialled += 1
+        self._add(secured, path, initiator=True)
+
+    async def join_inbound(self, transport: Transport, path: Path, *, expected: PeerId | None = None) -> PeerId:
+        """Make a pipe on which the other side speaks first a connection; who it is. Raises Unreachable."""
+
+        def admit(peer: PeerId) -> None:
+            if expected is not None and peer != expected:
+                raise Unreachable("another peer than the one that was expected")
+            self._check_capacity(peer, path)
+
+        with self._as_unreachable():
+            secured = await self._upgrader.accept(transport, admit)
+        self.counters.connections_accepted += 1
+        self._add(secured, path, initiator=False)
+        return secured.peer
+
+    async def prove(self, transport: Transport, peer: PeerId) -> None:
+        """Is `peer` at the other end? Closes the pipe. Raises Unreachable if not."""
+        with self._as_unreachable():
+            await self._upgrader.prove(transport, peer)
+
+    @contextmanager
+    def expect_punches(self, remotes: Iterable[str], peer: PeerId) -> Generator[None]:
+        """While this lasts, connections from these 'host:port' are the other end of our own dials to `peer`, in
+        which we speak first, also when our listener gets them.
+        """
+        mine = {remote: peer for remote in remotes if remote not in self._punches}
+        self._punches |= mine
+        try:
+            yield
+        finally:
+            for remote in mine:
+                del self._punches[remote]
+
+    async def retire_relayed(self, peer: PeerId, grace_s: float) -> None:
+        """Close relayed connections to a peer that has a direct one, when idle or after this time."""
+        idle_at = trio.current_time() + grace_s
+        while relayed := [c for c in self._connections.get(peer, ()) if is_relayed(c.path)]:
+            if all(is_relayed(path) for path in self.paths(peer)):
+                return  # the direct one did not last
+            late = trio.current_time() >= idle_at
+            for connection in relayed:
+                if late or not connection.streams:
+                    connection.abort("a direct connection took over")
+                    self._remove(connection)
+            await trio.sleep(min(1.0, grace_s / 4))
+
+    @contextmanager
+    def _as_unreachable(self) -> Generator[None]:
+        """What goes wrong with a remote while a connection is made, in one type, and an end to waiting."""
+        try:
+            with trio.fail_after(self._limits.handshake_s):
+                yield
+        except OSError as error:
+            raise Unreachable(explain(error)) from error
+        except (HandshakeFailed, ChannelBroken) as error:
+            raise Unreachable(str(error)) from error
+        except trio.TooSlowError:
+            raise Unreachable(f"no answer within {self._limits.handshake_s:g} s") from None
+
     # --- for open_host --------------------------------------------------------------------------
 
     async def accept(self, stream: trio.SocketStream) -> None:
         """One inbound connection. The outermost task boundary for what strangers send."""
         try:
             async with self._handshakes:
-                with trio.fail_after(self._limits.handshake_s):
-                    secured = await self._upgrader.accept(stream, self._check_capacity)
-        except (HandshakeFailed, ChannelBroken, OSError, trio.TooSlowError) as error:
-            self.counters.connections_refused += 1
-            _log.debug("inbound connection refused", reason=excerpt(str(error)))
-            return
+                transport = SocketTransport(stream)
+                punched = self._punches.get(transport.remote)
+                if punched is not None:
+                    await self.join_outbound(transport, punched, Path(inbound=True))
+                else:
+                    await self.join_inbound(transport, Path(inbound=True))
         except Unreachable as error:
             self.counters.connections_refused += 1
-            _log.info("inbound connection refused", reason=error.reason)
-            return
-        self.counters.connections_accepted += 1
-        self._add(secured, initiator=False)
+            _log.debug("inbound connection refused", reason=excerpt(error.reason))
 
     async def shut_down(self) -> None:
         """Let the last frames leave, then close everything. Takes `shutdown_s` at most."""
-        connections = [c for group in self._connections.values() for c in group]
-        with trio.move_on_after(self._limits.shutdown_s):
-            async with trio.open_nursery() as nursery:
-                for connection in connections:
-                    nursery.start_soon(connection.drain)
-        for connection in connections:
-            connection.abort("this node is shutting down")
+        deadline = trio.current_time() + self._limits.shutdown_s
+        for relayed in (True, False):  # relayed ones leave through the others
+            connections = [
+                c for group in self._connections.values() for c in group if is_relayed(c.path) is relayed
+            ]
+            with trio.move_on_at(deadline):
+                async with trio.open_nursery() as nursery:
+                    for connection in connections:
+                        nursery.start_soon(connection.drain)
+            for connection in connections:
+                connection.abort("this node is shutting down")
 
     # --- connections ----------------------------------------------------------------------------
 
-    def _usable(self, peer: PeerId) -> Connection | None:
-        """The connection heard of last: one whose other end is gone without a word (a cut cable, a restarted
-        machine) may stand beside the one that replaced it.
+    def _usable(self, peer: PeerId, over: PathFilter | None = None) -> Connection | None:
+        """A direct connection rather than a relayed one, then the one heard of last: one whose other end is
+        gone without a word (a cut cable, a restarted machine) may stand beside the one that replaced it.
         """
-        usable = [c for c in self._connections.get(peer, ()) if c.broken is None and not c.departing]
-        return max(usable, key=lambda c: c.heard_at, default=None)
+        usable = [
+            c
+            for c in self._connections.get(peer, ())
+            if c.broken is None and not c.departing and (over is None or over(c.path))
+        ]
+        return max(usable, key=lambda c: (not is_relayed(c.path), c.heard_at), default=None)
 
-    async def _dial(self, target: Address, peer: PeerId) -> None:
+    async def _dial(self, target: Address, peer: PeerId, *, from_listener: bool) -> None:
         if self.closing:
             raise Unreachable("this node is shutting down")
-        self._check_capacity(peer)
         try:
-            with trio.fail_after(self._limits.handshake_s):
-                stream = await trio.open_tcp_stream(target.host, target.port)
-                secured = await self._upgrader.dial(stream, peer)
-        except OSError as error:
+            if target.relay is not None:
+                path = Path(relay=target.relay)
+                self._check_capacity(peer, path)
+                # It sees us where others may find us, in case that we try to meet the peer directly later.
+                await self.connect(str(target.of_relay), over=is_from_listener)
+                transport = await open_circuit(self, target)
+            else:
+                source = source_for(target, self.endpoints) if from_listener else None
+                if from_listener and source is None and self._usable(peer, is_direct):
+                    return
+                path = Path(from_listener=source is not None)
+                self._check_capacity(peer, path)
+                with self._as_unreachable():
+                    transport = SocketTransport(await dial(target, source))
+            await self.join_outbound(transport, peer, path)
+        except PortBusy:
+            if self._usable(peer, is_direct) is None:
+                await self._dial(target, peer, from_listener=False)
+        except Unreachable:
             self.counters.connections_failed += 1
-            raise Unreachable(_explain(error)) from error
-        except (HandshakeFailed, ChannelBroken) as error:
-            self.counters.connections_failed += 1
-            raise Unreachable(str(error)) from error
-        except trio.TooSlowError:
-            self.counters.connections_failed += 1
-            raise Unreachable(f"no answer within {self._limits.handshake_s:g} s") from None
-        self.counters.connections_dialled += 1
-        self._add(secured, initiator=True)
+            raise
 
-    def _check_capacity(self, peer: PeerId) -> None:
+    def _check_capacity(self, peer: PeerId, path: Path) -> None:
         """May one more connection to this peer exist? Raises Unreachable."""
         if peer == self.peer:
             raise Unreachable("a peer that uses this node's own identity")
         if self._connection_count >= self._limits.max_connections:
             raise Unreachable(f"{self._connection_count} connections are open, as many as are allowed")
+        if is_relayed(path) and self._relayed_count >= self._limits.max_relayed_connections:
+            raise Unreachable(f"{self._relayed_count} relayed connections are open, as many as are allowed")
         if len(self._connections.get(peer, ())) >= self._limits.max_connections_per_peer:
             raise Unreachable(f"{self._limits.max_connections_per_peer} connections to this peer are open")
 
-    def _add(self, secured: Secured, *, initiator: bool) -> None:
+    def _add(self, secured: Secured, path: Path, *, initiator: bool) -> None:
         connection = Connection(
             secured.channel,
             secured.peer,
@@ -325,13 +435,18 @@ class Host:
             counters=self.counters,
             budget=self._budget,
             accept=self._admit,
+            path=path,
         )
         group = self._connections.setdefault(connection.peer, [])
+        only_relayed = bool(group) and all(is_relayed(c.path) for c in group)
         group.append(connection)
         self._connection_count += 1
+        self._relayed_count += is_relayed(path)
         self._connection_tasks.start_soon(self._run_connection, connection)
         if len(group) == 1:
             self._publish(PeerConnected(connection.peer))
+        elif only_relayed and not is_relayed(path):
+            self._publish(PeerDirect(connection.peer))
 
     async def _run_connection(self, connection: Connection) -> None:
         try:
@@ -345,6 +460,7 @@ class Host:
             return
         group.remove(connection)
         self._connection_count -= 1
+        self._relayed_count -= is_relayed(connection.path)
         if not group:
             del self._connections[connection.peer]
             self._publish(PeerDisconnected(connection.peer, connection.broken or "closed"))
@@ -389,7 +505,8 @@ class Host:
                 handler = await self._agree(stream)
             if handler is not None:
                 await handler(stream)
-                await stream.aclose()
+                if not stream.adopted:
+                    await stream.aclose()
                 return True
         except (StreamBroken, trio.TooSlowError, NegotiationFailed) as error:
             _log.debug("stream ended", peer=stream.peer, protocol=stream.protocol, reason=excerpt(str(error)))
@@ -416,50 +533,6 @@ class Host:
         return self._handlers[responder.agreed]
 
 
-def _leaves(error: BaseException) -> Generator[BaseException]:
-    """The errors inside the groups that nurseries make."""
-    if isinstance(error, BaseExceptionGroup):
-        for inner in cast("BaseExceptionGroup[BaseException]", error).exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error
-
-
 def _only_remote(error: BaseException) -> bool:
     """Is this nothing but what remotes cause?"""
-    return all(isinstance(leaf, (StreamBroken, Unreachable, ProtocolError)) for leaf in _leaves(error))
-
-
-def _explain(error: OSError) -> str:
-    """The system's words; trio reports several attempts as a group that caused a plain OSError."""
-    causes = [leaf for leaf in _leaves(error.__cause__ or error) if isinstance(leaf, OSError)]
-    first = causes[0] if causes else error
-    if first.errno is not None and first.errno > 0:
-        return os.strerror(first.errno).lower()  # trio repeats the address in `strerror`
-    return (first.strerror or str(first) or type(first).__name__).lower()
-
-
-async def _open_listeners(listen: Sequence[str]) -> list[trio.SocketListener]:
-    listeners: list[trio.SocketListener] = []
-    try:
-        for text in listen:
-            address = parse_address(text)
-            try:
-                listeners += await trio.open_tcp_listeners(
-                    address.port, host=address.host, backlog=_LISTEN_BACKLOG
-                )
-            except OSError as error:
-                raise ListenFailed(_advice(text, error)) from error
-    except BaseException:
-        for listener in listeners:
-            await listener.aclose()
-        raise
-    return listeners
-
-
-def _advice(text: str, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"{text}: another program listens there; choose another port, or port 0 for any"
-    if error.errno == errno.EACCES:
-        return f"{text}: this user may not listen there; choose a port above 1023"
-    return f"{text}: {(error.strerror or str(error)).lower()}"
+    return all(isinstance(leaf, (StreamBroken, Unreachable, ProtocolError)) for leaf in leaves(error))

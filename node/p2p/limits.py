@@ -17,6 +17,9 @@ class HostLimits:
     max_connections_per_peer: int = 4
     """Two arise when both sides dial at once; a restarted peer may overlap with its former self."""
 
+    max_relayed_connections: int = 256
+    """Each costs a plain connection plus a stream, and its bytes are sealed twice."""
+
     max_handshakes: int = 128
     """Inbound connections that have not proved who they are. Each costs a few ms of CPU; more wait in the
     kernel's accept queue."""

@@ -25,6 +25,7 @@ from node.p2p.errors import ChannelBroken, Unreachable
 from node.p2p.limits import HostLimits
 from node.p2p.noise import MAX_RECORD_BYTES, Channel
 from node.p2p.stream import Counters, Stream, UnreadBudget
+from node.p2p.transport import Path
 from protocol.ids import PeerId
 
 #: Messages up to this size (tokens, pings, calls) need not queue up with bulk for room in the send queue;
@@ -45,8 +46,10 @@ class Connection:
         counters: Counters,
         budget: UnreadBudget,
         accept: Callable[[Stream], bool],
+        path: Path = Path(),  # noqa: B008 - frozen: one shared default is safe
     ) -> None:
         self.peer = peer
+        self.path = path
         self.initiator: Final = initiator
         self.budget = budget
         self.counters = counters

@@ -17,6 +17,7 @@ import trio
 from node.p2p import yamux
 from node.p2p.errors import StreamBroken
 from node.p2p.noise import MAX_RECORD_BYTES
+from node.p2p.transport import Path
 from protocol.ids import PeerId
 
 #: The largest body that shares one noise record with its header.
@@ -58,6 +59,7 @@ class Mux(Protocol):
     peer: PeerId
     budget: UnreadBudget
     counters: Counters
+    path: Path
 
     @property
     def remote(self) -> str: ...
@@ -95,6 +97,7 @@ class Stream:
         "_window",
         "_window_limit",
         "_writers",
+        "adopted",
         "awaiting_ack",
         "peer",
         "protocol",
@@ -125,6 +128,7 @@ class Stream:
         self._sends = 0
         self.update_wanted = False
         self.awaiting_ack = False
+        self.adopted = False  # it outlives its handler: whoever adopted it ends it
 
     def __repr__(self) -> str:
         state = "broken" if self._broken else "open"
@@ -136,6 +140,11 @@ class Stream:
     def remote(self) -> str:
         """Where the other end's bytes come from ('host:port' of a socket), for displays and identify."""
         return self._mux.remote
+
+    @property
+    def path(self) -> Path:
+        """How its connection reaches the peer."""
+        return self._mux.path
 
     def send_nowait(self, data: bytes) -> bool:
         """Send all of it now, or (False) nothing, because it would have to wait or does not fit one frame.
@@ -195,6 +204,30 @@ class Stream:
         finally:
             if 0 < at < size:
                 self._break("a message was cut off", tell=True)
+
+    def send_some_nowait(self, data: bytes | memoryview) -> int:
+        """Send as many leading bytes as there is room for now, and say how many (a pipe's way of writing).
+
+        Only for a stream with one writer. Raises StreamBroken.
+        """
+        self._check_sendable()
+        take = min(len(data), self._send_window, MAX_BODY_BYTES)
+        if take <= 0 or not self._mux.has_room(take):
+            return 0
+        self._send_window -= take
+        self._mux.post(yamux.HEADER.pack(0, yamux.DATA, 0, self.stream_id, take) + bytes(data[:take]))
+        return take
+
+    async def wait_sendable(self) -> None:
+        """Return when `send_some_nowait` may take more. Raises StreamBroken."""
+        while True:
+            self._check_sendable()
+            if self._send_window <= 0:
+                await self._writers.park()
+            elif not self._mux.has_room(MAX_BODY_BYTES):
+                await self._mux.wait_room(MAX_BODY_BYTES)
+            else:
+                return
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
         """1 to `max_bytes` bytes, or b"" when the peer has finished.

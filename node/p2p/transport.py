@@ -8,15 +8,31 @@ because what was taken is known before any wait starts.
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import trio
 
 from node.p2p.errors import ChannelBroken
+from protocol.ids import PeerId
 
 #: One recv at first; grows while the socket is full, so that bulk needs few calls and idle little memory.
 _SMALL_READ_BYTES: Final = 16 * 1024
 _LARGE_READ_BYTES: Final = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """How a connection reaches its peer."""
+
+    relay: PeerId | None = None
+    """Who carries the bytes; None: a socket of ours."""
+
+    from_listener: bool = False
+    """We dialled from the port that we listen on, so the peer sees us where others may find us."""
+
+    inbound: bool = False
+    """The peer came to us."""
 
 
 class Transport(Protocol):

@@ -1,17 +1,15 @@
-"""From a TCP connection to a secured one that both sides agreed to multiplex with yamux."""
+"""From a pipe of bytes to a secured one that both sides agreed to multiplex with yamux."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Final
 
-import trio
-
 from node.p2p.errors import ChannelBroken
 from node.p2p.limits import HostLimits
 from node.p2p.multistream import NegotiationFailed, NotSupported, Proposer, Responder
 from node.p2p.noise import NOISE_PROTOCOL, Channel, Credentials, HandshakeFailed, Secured
-from node.p2p.transport import ExactReader, SocketTransport, Transport, send_all
+from node.p2p.transport import ExactReader, Transport, send_all
 from protocol.errors import ProtocolError
 from protocol.ids import PeerId, peer_id_untrusted
 
@@ -25,13 +23,12 @@ class Upgrader:
         self._credentials = Credentials(seed)
         self._limits = limits
 
-    async def dial(self, stream: trio.SocketStream, peer: PeerId) -> Secured:
-        """Secure a connection that we opened to `peer`. Closes it on failure.
+    async def dial(self, transport: Transport, peer: PeerId) -> Secured:
+        """Secure a connection on which we speak first, to `peer`. Closes it on failure.
 
         It is ours to use only once the other side has admitted us: a host that refuses us for want of room
         does so before its last answer here. Raises HandshakeFailed, ChannelBroken.
         """
-        transport = SocketTransport(stream)
         try:
             reader = ExactReader(transport)
             await _propose_raw(transport, reader, NOISE_PROTOCOL)
@@ -49,12 +46,22 @@ class Upgrader:
         secured.channel.unreceive(rest)
         return secured
 
-    async def accept(self, stream: trio.SocketStream, admit: Callable[[PeerId], None]) -> Secured:
-        """Secure a connection that somebody opened to us; `admit` raises if we do not want that peer.
+    async def prove(self, transport: Transport, peer: PeerId) -> None:
+        """Let `peer` prove that it is at the other end, then close. Raises HandshakeFailed, ChannelBroken."""
+        try:
+            reader = ExactReader(transport)
+            await _propose_raw(transport, reader, NOISE_PROTOCOL)
+            await self._credentials.dial(transport, reader, peer)
+        except (NotSupported, NegotiationFailed) as error:
+            raise HandshakeFailed("no libp2p peer that speaks noise") from error
+        finally:
+            transport.close()
+
+    async def accept(self, transport: Transport, admit: Callable[[PeerId], None]) -> Secured:
+        """Secure a connection on which the other side speaks first; `admit` raises if we do not want that peer.
 
         Closes it on failure. Raises HandshakeFailed, ChannelBroken, and what `admit` raises.
         """
-        transport = SocketTransport(stream)
         try:
             reader = ExactReader(transport)
             await _respond_raw(transport, reader, NOISE_PROTOCOL)
