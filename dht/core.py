@@ -1,0 +1,167 @@
+"""What all parts of one DHT node share: its table, its coordinate, its open calls, and the effects of this
+moment.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TypeAlias
+
+from dht.calls import Call, Calls, Purpose
+from dht.coordinates import UNKNOWN, Vivaldi, estimate_ns
+from dht.directory import Directory, Keys
+from dht.events import DhtEvent
+from dht.keys import KEY_BITS
+from dht.limits import MAX_OPEN_CALLS
+from dht.messages import DhtMessage, Said
+from dht.policy import DhtPolicy
+from dht.table import ASKED, TICK_BITS, RoutingTable
+from protocol.dice import Dice
+from protocol.instants import Instant, UnixNs
+from protocol.machine import Effect, Emit, Send
+
+DhtEffect: TypeAlias = Effect[int, DhtMessage, DhtEvent]
+
+#: Estimates of the network's size that are remembered; their median is used, so that a few misled lookups do no
+#: harm.
+_SIZES_KEPT = 9
+
+
+class Core:
+    __slots__ = (
+        "_sizes",
+        "calls",
+        "client",
+        "dice",
+        "directory",
+        "keys",
+        "me",
+        "now",
+        "out",
+        "policy",
+        "table",
+        "unix_offset_ns",
+        "vivaldi",
+    )
+
+    def __init__(
+        self, me: int, directory: Directory, dice: Dice, policy: DhtPolicy, unix_offset_ns: int, *, client: bool
+    ) -> None:
+        self.me = me
+        self.directory = directory
+        self.keys: Keys = directory.keys
+        self.dice = dice
+        self.policy = policy
+        self.unix_offset_ns = unix_offset_ns
+        self.client = client
+        self.table = RoutingTable(me, directory, policy)
+        self.vivaldi = Vivaldi()
+        self.calls = Calls()
+        self.now = Instant(0)
+        self.out: list[DhtEffect] = []
+        self._sizes: array[float] | None = None
+
+    @property
+    def tick(self) -> int:
+        return self.now >> TICK_BITS
+
+    @property
+    def unix_now(self) -> UnixNs:
+        return UnixNs(self.now + self.unix_offset_ns)
+
+    # --- effects --------------------------------------------------------------------------------------
+
+    def send(self, peer: int, message: DhtMessage) -> None:
+        self.out.append(Send(peer, message))
+
+    def emit(self, event: DhtEvent) -> None:
+        self.out.append(Emit(event))
+
+    # --- calls ----------------------------------------------------------------------------------------
+
+    def start_call(self, peer: int, purpose: Purpose, operation: int, *, patience: int = 1) -> int | None:
+        """Number of a new call to the peer, `patience` times as long as usual; None if too many are open."""
+        if len(self.calls) >= MAX_OPEN_CALLS:
+            return None
+        place = self.table.find(peer)
+        rtt_ns = self.rtt_at(place)
+        policy = self.policy
+        connect = 0
+        if place >= 0:
+            self.table.flags[place] |= ASKED
+            self.table.checked[place] = self.tick
+        if not self.table_knows_link(place):
+            connect = policy.connect_ns
+        slow = policy.slow_factor * rtt_ns + policy.slow_ns + connect
+        fail = policy.timeout_factor * rtt_ns + policy.timeout_ns + connect
+        fail = min(max(fail, policy.min_timeout_ns), policy.max_timeout_ns) * patience
+        return self.calls.start(self.now, peer, purpose, operation, slow, fail)
+
+    def table_knows_link(self, place: int) -> bool:
+        """Whether a connection to this entry has probably been made: it was measured."""
+        return place >= 0 and self.table.rtts_us[place] > 0
+
+    def rtt_at(self, place: int) -> int:
+        """Expected round trip of an entry (-1: of a stranger), nanoseconds."""
+        if place >= 0:
+            if measured := self.table.rtt_ns_of(place):
+                return measured
+            coordinate = self.table.coordinates[place]
+            if coordinate != UNKNOWN and self.vivaldi.error < 1.0:
+                return estimate_ns(coordinate, self.vivaldi.packed)
+        return self.policy.unknown_rtt_ns
+
+    def learn(self, peer: int, call: Call, said: Said) -> None:
+        """A peer answered: measure, move, and keep it if it may stand in a table."""
+        rtt_ns = self.now - call.sent
+        table = self.table
+        if not self.policy.rtt_from_first_answer:
+            rtt_ns = 0
+        elif rtt_ns > 0:
+            self.vivaldi.sample(said.coordinate, said.error, rtt_ns, self.dice)
+        if said.client:
+            table.remove(peer)
+            return
+        rtt_us = max(rtt_ns // 1000, 1) if rtt_ns > 0 else 0
+        table.answered(peer, self.tick, rtt_us, said.coordinate, self.vivaldi.packed)
+
+    def hear_contacts(self, contacts: tuple[int, ...], coordinates: tuple[int, ...]) -> None:
+        """What an answer said of others: hearsay."""
+        table, tick, own, me = self.table, self.tick, self.vivaldi.packed, self.me
+        for peer, coordinate in zip(contacts, coordinates, strict=False):
+            if peer != me:
+                table.heard_of(peer, tick, coordinate, own, self_said=False)
+
+    # --- size of the network --------------------------------------------------------------------------
+
+    def note_size(self, target: int, closest: list[int]) -> None:
+        """A finished lookup tells how dense the network is around its target."""
+        if len(closest) < self.policy.k:
+            return
+        sizes = self._sizes
+        if sizes is None:
+            sizes = self._sizes = array("d")
+        sizes.append(float(self._size_from(target, closest)))
+        if len(sizes) > _SIZES_KEPT:
+            del sizes[0]
+
+    def _size_from(self, target: int, closest: list[int]) -> int:
+        """Least squares: the i-th closest of n random keys lies at i / (n + 1) of the key space."""
+        squares = weighted = 0
+        for i, peer in enumerate(closest, 1):
+            squares += i * i
+            weighted += i * (self.keys[peer] ^ target)
+        return max((squares << KEY_BITS) // max(weighted, 1) - 1, len(closest))
+
+    def size_estimate(self) -> int:
+        """Nodes in the network, ourselves included: the median of what lookups and our own neighbourhood tell."""
+        table = self.table
+        own = self.keys[self.me]
+        places = table.closest(own, self.policy.k)
+        known = len(table) + (0 if self.client else 1)
+        if len(places) < self.policy.k:
+            return known
+        estimates = sorted(self._sizes or ())
+        estimates.append(float(self._size_from(own, [table.peers[place] for place in places]) + 1))
+        estimates.sort()
+        return max(int(estimates[len(estimates) // 2]), known)

@@ -1,0 +1,182 @@
+"""Answers to others: what we know, and what they may leave with us.
+
+Nothing here grows without a bound of dht/limits.py: answering keeps no state but a count per peer and window,
+and what is stored is bounded per key, per peer and in all. A record or provider record is taken only if we are
+plausibly among the closest to its key: fewer than 2k entries of our table are closer than we are.
+"""
+
+from __future__ import annotations
+
+from dht.core import Core
+from dht.limits import (
+    FLOOD_WINDOW_NS,
+    MAX_COUNTED_PEERS,
+    MAX_QUERIES_PER_WINDOW,
+)
+from dht.messages import (
+    AddProvider,
+    FindNode,
+    FindProvidersOf,
+    FindRecords,
+    Kept,
+    Nodes,
+    Outcome,
+    Ping,
+    Pong,
+    Providers,
+    Records,
+    Store,
+)
+from dht.providers import ProviderStore
+from dht.records import Check, RecordBody, RecordStore
+from protocol.envelope import Envelope, Opened
+from protocol.errors import ProtocolError
+
+#: We store for a key while fewer than this many times k peers that we know are closer to it. 2: lookups of
+#: others may end one or two peers off the true k closest, and tables differ while nodes come and go.
+STORAGE_SLACK = 2
+
+#: Count shared by all peers beyond MAX_COUNTED_PEERS.
+_THE_REST = -1
+
+
+class Serving:
+    __slots__ = ("_check", "_core", "_counts", "_window", "providers", "records")
+
+    def __init__(self, core: Core, check: Check) -> None:
+        self._core = core
+        self._check = check
+        self._counts: dict[int, int] | None = None
+        self._window = 0
+        self.records: RecordStore | None = None
+        self.providers: ProviderStore | None = None
+
+    def admits(self, peer: int) -> bool:
+        """Whether this peer's query is answered: it has not asked too often in this window."""
+        window = self._core.now // FLOOD_WINDOW_NS
+        counts = self._counts
+        if counts is None or window != self._window:
+            self._window = window
+            self._counts = {peer: 1}
+            return True
+        if peer not in counts and len(counts) > MAX_COUNTED_PEERS:
+            peer = _THE_REST
+        count = counts[peer] = counts.get(peer, 0) + 1
+        return count <= MAX_QUERIES_PER_WINDOW
+
+    # --- answers --------------------------------------------------------------------------------------
+
+    def ping(self, peer: int, query: Ping) -> None:
+        core = self._core
+        vivaldi = core.vivaldi
+        core.send(peer, Pong(query.call, vivaldi.packed, vivaldi.error_parts, core.client))
+
+    def find_node(self, peer: int, query: FindNode) -> None:
+        core = self._core
+        vivaldi = core.vivaldi
+        contacts, coordinates = self._closest(query.target, peer)
+        core.send(
+            peer,
+            Nodes(query.call, vivaldi.packed, vivaldi.error_parts, core.client, contacts, coordinates),
+        )
+
+    def find_records(self, peer: int, query: FindRecords) -> None:
+        core = self._core
+        vivaldi = core.vivaldi
+        contacts, coordinates = self._closest(query.key, peer)
+        records = self.records_at(query.key)
+        core.send(
+            peer,
+            Records(
+                query.call, vivaldi.packed, vivaldi.error_parts, core.client, contacts, coordinates, records
+            ),
+        )
+
+    def find_providers(self, peer: int, query: FindProvidersOf) -> None:
+        core = self._core
+        vivaldi = core.vivaldi
+        contacts, coordinates = self._closest(query.key, peer)
+        providers, places = self.providers_of(query.key, query.coordinate)
+        core.send(
+            peer,
+            Providers(
+                query.call,
+                vivaldi.packed,
+                vivaldi.error_parts,
+                core.client,
+                contacts,
+                coordinates,
+                providers,
+                places,
+            ),
+        )
+
+    def store(self, peer: int, query: Store) -> None:
+        self._kept(peer, query.call, self.keep_record(peer, query.record))
+
+    def add_provider(self, peer: int, query: AddProvider) -> None:
+        self._kept(peer, query.call, self.keep_provider(peer, query.key, query.coordinate))
+
+    def _kept(self, peer: int, call: int, outcome: Outcome) -> None:
+        core = self._core
+        vivaldi = core.vivaldi
+        core.send(peer, Kept(call, vivaldi.packed, vivaldi.error_parts, core.client, int(outcome)))
+
+    def _closest(self, target: int, asker: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        table = self._core.table
+        places = table.closest(target, self._core.policy.k, told=True)
+        peers, coordinates = table.peers, table.coordinates
+        places = [place for place in places if peers[place] != asker]
+        return tuple([peers[place] for place in places]), tuple([coordinates[place] for place in places])
+
+    # --- storage --------------------------------------------------------------------------------------
+
+    def records_at(self, key: int) -> tuple[Envelope, ...]:
+        return self.records.get(key, self._core.unix_now) if self.records is not None else ()
+
+    def providers_of(self, key: int, near: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if self.providers is None:
+            return (), ()
+        return self.providers.get(key, near, self._core.now, self._core.dice)
+
+    def is_ours(self, key: int) -> bool:
+        """Whether we are plausibly among the closest to a key."""
+        core = self._core
+        if core.client:
+            return False
+        reach = STORAGE_SLACK * core.policy.k
+        places = core.table.closest(key, reach)
+        if len(places) < reach:
+            return True
+        farthest = core.keys[core.table.peers[places[-1]]] ^ key
+        return core.keys[core.me] ^ key < farthest
+
+    def open(self, envelope: Envelope) -> Opened[RecordBody]:
+        """Raises ProtocolError if it is no valid record."""
+        return self._check(envelope, self._core.unix_now)
+
+    def keep_record(self, sender: int, envelope: Envelope) -> Outcome:
+        core = self._core
+        try:
+            opened = self.open(envelope)
+        except ProtocolError:
+            return Outcome.INVALID
+        if not self.is_ours(opened.body.key):
+            return Outcome.NOT_CLOSE
+        if self.records is None:
+            self.records = RecordStore()
+        return self.records.put_opened(envelope, opened, sender, core.unix_now)
+
+    def keep_provider(self, sender: int, key: int, coordinate: int) -> Outcome:
+        core = self._core
+        if not self.is_ours(key):
+            return Outcome.NOT_CLOSE
+        if self.providers is None:
+            self.providers = ProviderStore()
+        return self.providers.add(
+            key, sender, coordinate, core.now, core.policy.provider_ttl_ns, core.directory.group_of
+        )
+
+    def forget_provider(self, key: int, peer: int) -> None:
+        if self.providers is not None:
+            self.providers.forget(key, peer)

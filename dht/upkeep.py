@@ -1,0 +1,193 @@
+"""Keeping the table true: pings, refreshes, looking around.
+
+One ping per interval, in turn to the entry heard of longest ago, to one that has yet to prove itself, and to a
+candidate that would be worth a place (in an RTT-aware table: one that is clearly nearer). So both kinds of
+table send equally many. The interval is short while entries prove dead and grows while they answer: a network
+that loses a third of its nodes at once is swept within a minute, a quiet one costs 20 pings a minute. What
+strangers make fail never shortens it: only entries that had answered before count.
+"""
+
+from __future__ import annotations
+
+from dht.calls import Purpose
+from dht.core import Core
+from dht.keys import KEY_BITS
+from dht.messages import Ping
+from dht.operations import Operations
+from dht.table import ASKED, TICK_BITS, Failure
+from protocol.instants import Instant
+
+#: After an answer the ping interval grows by this fraction (one in ...), after a failure it falls to a quarter:
+#: they balance where 4 % of pings fail.
+_GROWTH = 16
+_FALL = 4
+
+#: Pings open at once because of retries and replacements (those of the interval come on top).
+_MAX_EXTRA_PINGS = 32
+
+#: The second ping to an entry waits this many times as long.
+_SECOND_PATIENCE = 2
+
+
+class Upkeep:
+    """`running` from the first join (or contact) on."""
+
+    __slots__ = (
+        "_bucket",
+        "_core",
+        "_interval",
+        "_next_look",
+        "_next_ping",
+        "_next_refresh",
+        "_operations",
+        "_thirds",
+        "_urgent",
+        "running",
+    )
+
+    def __init__(self, core: Core, operations: Operations) -> None:
+        self._core = core
+        self._operations = operations
+        self.running = False
+        self._interval = core.policy.ping_interval_ns
+        self._next_ping = 0
+        self._next_refresh = 0
+        self._next_look = 0
+        self._bucket = 0
+        self._urgent = 0
+        self._thirds = 0
+
+    @property
+    def ping_interval_ns(self) -> int:
+        """The present interval, for figures."""
+        return self._interval
+
+    def start(self, now: Instant, *, joined: bool) -> None:
+        """Begin, or begin anew after a join: then pings and refreshes come fast at first."""
+        policy = self._core.policy
+        dice = self._core.dice
+        if joined:
+            self._interval = max(policy.ping_interval_ns // _GROWTH, policy.min_ping_interval_ns)
+            self._urgent = max(self._core.table.buckets, 1)
+            self._bucket = 0
+        elif self.running:
+            return
+        self.running = True
+        self._next_ping = now + dice.below(self._interval)
+        refresh = policy.join_refresh_interval_ns if joined else policy.refresh_interval_ns
+        self._next_refresh = now + dice.below(refresh)
+        look = policy.self_lookup_interval_ns
+        self._next_look = now + look // 2 + dice.below(look // 2)
+
+    def next_due(self) -> int | None:
+        if not self.running:
+            return None
+        due = self._next_ping
+        due = min(due, self._next_refresh)
+        return min(self._next_look, due)
+
+    def work(self, now: Instant) -> None:
+        if not self.running:
+            return
+        if self._next_ping <= now:
+            self._next_ping = now + self._interval
+            self._ping_one(now)
+        if self._next_refresh <= now:
+            self._refresh_one(now)
+        if self._next_look <= now:
+            look = self._core.policy.self_lookup_interval_ns
+            self._next_look = now + look - look // 10 + self._core.dice.below(look // 5)
+            self._operations.look_around()
+
+    # --- pings ----------------------------------------------------------------------------------------
+
+    def _ping_one(self, now: Instant) -> None:
+        core = self._core
+        table = core.table
+        self._thirds = (self._thirds + 1) % 3
+        if self._thirds:
+            if (place := table.unverified()) >= 0:
+                self.ping(table.peers[place])
+                return
+            if (peer := table.promising(core.vivaldi.packed)) is not None:
+                self.ping(peer)
+                return
+        place = table.stalest()
+        if place >= 0 and table.checked[place] << TICK_BITS <= now - core.policy.fresh_ns:
+            self.ping(table.peers[place])
+
+    def ping(self, peer: int, *, patience: int = 1) -> None:
+        core = self._core
+        call = core.start_call(peer, Purpose.PING, 0, patience=patience)
+        if call is not None:
+            vivaldi = core.vivaldi
+            core.send(peer, Ping(call, vivaldi.packed, vivaldi.error_parts, core.client))
+
+    def ping_answered(self) -> None:
+        full = self._core.policy.ping_interval_ns
+        if self._interval < full:
+            self._interval = min(self._interval + self._interval // _GROWTH, full)
+
+    def failed(self, now: Instant, peer: int) -> None:
+        """A query or ping to the peer was not answered, or its connection broke."""
+        table = self._core.table
+        failure, bucket = table.failed(peer)
+        if failure in {Failure.SUSPECTED, Failure.LOST}:
+            self._hurry(now)
+        if failure is Failure.SUSPECTED:
+            self._extra_ping(peer, _SECOND_PATIENCE)
+        if bucket < 0:
+            return
+        self._refill(bucket)
+        members = table.starts[bucket + 1] - table.starts[bucket] if bucket < table.buckets else 0
+        if members < self._core.policy.k // 2 and self._urgent == 0 and failure is Failure.LOST:
+            # Refresh the whole table once: deaths come in droves.
+            self._urgent = table.buckets
+            refresh = now + self._core.policy.join_refresh_interval_ns
+            self._next_refresh = min(self._next_refresh, refresh)
+
+    def _hurry(self, now: Instant) -> None:
+        self._interval = max(self._interval // _FALL, self._core.policy.min_ping_interval_ns)
+        self._next_ping = min(self._next_ping, now + self._interval)
+
+    def _extra_ping(self, peer: int, patience: int) -> None:
+        if len(self._core.calls) < _MAX_EXTRA_PINGS:
+            self.ping(peer, patience=patience)
+
+    def _refill(self, bucket: int) -> None:
+        """A place became free: let a candidate prove itself."""
+        core = self._core
+        taken = core.table.take_candidate(bucket)
+        if taken is not None:
+            peer, coordinate = taken
+            core.table.heard_of(peer, core.tick, coordinate, core.vivaldi.packed, self_said=False)
+            place = core.table.find(peer)
+            if place >= 0 and not core.table.flags[place] & ASKED:
+                self._extra_ping(peer, 1)
+
+    # --- refreshes ------------------------------------------------------------------------------------
+
+    def _refresh_one(self, now: Instant) -> None:
+        policy = self._core.policy
+        table = self._core.table
+        if self._urgent:
+            self._urgent -= 1
+            interval = policy.join_refresh_interval_ns
+        else:
+            interval = policy.refresh_interval_ns
+        self._next_refresh = now + interval - self._core.dice.below(interval // 4 + 1)
+        if len(table):
+            self._bucket %= table.buckets
+            self._operations.refresh(self._random_key(self._bucket))
+            self._bucket += 1
+
+    def _random_key(self, bucket: int) -> int:
+        """A key that shares exactly `bucket` leading bits with ours."""
+        core = self._core
+        own = core.keys[core.me]
+        low_bits = KEY_BITS - 1 - bucket
+        random = 0
+        for _ in range(4):
+            random = random << 64 | core.dice.u64()
+        flipped = own ^ 1 << low_bits
+        return flipped >> low_bits << low_bits | random & ((1 << low_bits) - 1)
