@@ -137,7 +137,7 @@ class WireProviders(WireSaid, frozen=True, gc=False, tag="providers"):
 
 
 class WireKept(WireSaid, frozen=True, gc=False, tag="kept"):
-    o: Annotated[int, Meta(ge=0, le=max(m.Outcome))]
+    o: Annotated[int, Meta(ge=0, le=int(max(m.Outcome)))]
 
 
 class WirePage(WireSaid, frozen=True, gc=False, tag="paged"):
