@@ -130,6 +130,19 @@ def union(names: tuple[str, ...]) -> Territory | None:
     return Territory("+".join(territory.name for territory in known), inside, cover)
 
 
+#: ISO codes of the members of the European Union (2020 on).
+EU_MEMBERS: Final = frozenset({
+    "AT", "BE", "BG", "HR", "CY", "CZ", "DK", "EE", "FI", "FR", "DE", "GR", "HU", "IE",
+    "IT", "LV", "LT", "LU", "MT", "NL", "PL", "PT", "RO", "SK", "SI", "ES", "SE",
+})  # fmt: skip
+
+
+def claims(country: str, jurisdictions: tuple[str, ...]) -> bool:
+    """Whether a country code says that it lies in one of these: a claim, no proof."""
+    name = "UK" if country == "GB" else country
+    return bool(name) and (name in jurisdictions or ("EU" in jurisdictions and name in EU_MEMBERS))
+
+
 # --- regions --------------------------------------------------------------------------------------
 
 #: Regions that Islands name, roughly in the middle of their data centres and people, and their neighbours

@@ -215,13 +215,18 @@ class IslandBook(Generic[P]):
         self._remember(peer, island.experience)
         return True
 
-    def expire(self, now: Instant) -> list[P]:
-        """Forget Islands whose advert was not repeated in time; returns them."""
+    def late(self, now: Instant) -> list[P]:
+        """Islands whose advert was not repeated in time."""
         late: list[P] = []
         for peer, island in self._islands.items():
             if now - island.heard <= self._ttl_ns:
                 break
             late.append(peer)
+        return late
+
+    def expire(self, now: Instant) -> list[P]:
+        """Forget Islands whose advert was not repeated in time; returns them."""
+        late = self.late(now)
         for peer in late:
             self.lost(peer)
         return late

@@ -12,7 +12,7 @@ all gateways send their jobs to the same Island until its next advert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias, TypeVar
@@ -225,11 +225,15 @@ def admitted(now: Instant, island: Island[P], offered: OfferedCargo, query: Quer
     return requirements.residency is None or resides(requirements.residency, outlook.sightings_of(island.peer))
 
 
-def candidates(now: Instant, book: IslandBook[P], query: Query[P]) -> list[Candidate[P]]:
-    """Islands that may run the job, in the order of their adverts. Costs what the Cargo's Islands cost."""
+def candidates(
+    now: Instant, offers: Iterable[tuple[Island[P], OfferedCargo]], query: Query[P]
+) -> list[Candidate[P]]:
+    """Those of the Islands that may run the job, in the order given. `IslandBook.offers` gives a Cargo's
+    Islands.
+    """
     found: list[Candidate[P]] = []
     job, outlook = query.job, query.outlook
-    for island, offered in book.offers(job.cargo):
+    for island, offered in offers:
         peer, advert = island.peer, island.advert
         if peer in query.excluded or not admitted(now, island, offered, query):
             continue
@@ -267,11 +271,14 @@ def _by_completion(candidate: Candidate[P]) -> tuple[tuple[int, int], int, int, 
     return step, -candidate.fit, candidate.region, candidate.expected_ns, candidate.price_ucr
 
 
+def in_order(found: Iterable[Candidate[P]]) -> list[Candidate[P]]:
+    """By expected completion, fit and region, best first."""
+    return sorted(found, key=_by_completion)
+
+
 def soonest(now: Instant, book: IslandBook[P], query: Query[P]) -> list[Candidate[P]]:
-    """Our policy: expected completion, then fit, then region. Ties keep the order of the adverts, oldest first."""
-    found = candidates(now, book, query)
-    found.sort(key=_by_completion)
-    return found
+    """Our policy: expected completion, then fit, then region. Ties keep the order of adverts, oldest first."""
+    return in_order(candidates(now, book.offers(query.job.cargo), query))
 
 
 def rank(

@@ -20,7 +20,7 @@ def at_random(dice: Dice) -> Policy[P]:
     """Any order."""
 
     def policy(now: Instant, book: IslandBook[P], query: Query[P]) -> list[Candidate[P]]:
-        found = candidates(now, book, query)
+        found = candidates(now, book.offers(query.job.cargo), query)
         return dice.sample(found, len(found))
 
     return policy
@@ -28,7 +28,7 @@ def at_random(dice: Dice) -> Policy[P]:
 
 def _sorted_by(key: Callable[[Candidate[P], IslandBook[P], Outlook[P]], int]) -> Policy[P]:
     def policy(now: Instant, book: IslandBook[P], query: Query[P]) -> list[Candidate[P]]:
-        found = candidates(now, book, query)
+        found = candidates(now, book.offers(query.job.cargo), query)
         found.sort(key=lambda candidate: key(candidate, book, query.outlook))
         return found
 
