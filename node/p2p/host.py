@@ -51,6 +51,9 @@ Handler: TypeAlias = Callable[[Stream], Awaitable[None]]
 
 _log = structlog.get_logger("p2p")
 
+#: How often a connection that shall end is looked at.
+_IDLE_S: Final = 1.0
+
 #: Peers whose word on our own address is remembered.
 _MAX_OBSERVERS: Final = 64
 
@@ -170,8 +173,9 @@ class Host:
 
     def announce(self, addresses: Sequence[str]) -> None:
         """Addresses besides those that we listen on (public, relayed), instead of those named before."""
-        if tuple(addresses) != self._announced:
-            self._announced = tuple(addresses)
+        before = self.addresses
+        self._announced = tuple(addresses)
+        if self.addresses != before:
             self._publish(AddressesChanged(self.addresses))
 
     def note_observed(self, peer: PeerId, address: str, *, mapped: bool = False) -> None:
@@ -281,15 +285,25 @@ class Host:
     # --- for the NAT traversal ------------------------------------------------------------------
 
     async def join_outbound(self, transport: Transport, peer: PeerId, path: Path) -> None:
-        """Make a pipe to `peer` on which we speak first a connection. Raises Unreachable."""
-        self._check_capacity(peer, path)
+        """Make a pipe to `peer` on which we speak first a connection. Closes it on failure.
+
+        Raises Unreachable.
+        """
+        try:
+            self._check_capacity(peer, path)
+        except Unreachable:
+            transport.close()
+            raise
         with self._as_unreachable():
             secured = await self._upgrader.dial(transport, peer)
         self.counters.connections_dialled += 1
         self._add(secured, path, initiator=True)
 
     async def join_inbound(self, transport: Transport, path: Path, *, expected: PeerId | None = None) -> PeerId:
-        """Make a pipe on which the other side speaks first a connection; who it is. Raises Unreachable."""
+        """Make a pipe on which the other side speaks first a connection; who it is. Closes it on failure.
+
+        Raises Unreachable.
+        """
 
         def admit(peer: PeerId) -> None:
             if expected is not None and peer != expected:
@@ -322,16 +336,17 @@ class Host:
 
     async def retire_relayed(self, peer: PeerId, grace_s: float) -> None:
         """Close relayed connections to a peer that has a direct one, when idle or after this time."""
-        idle_at = trio.current_time() + grace_s
+        until = trio.current_time() + grace_s
+        await trio.sleep(min(_IDLE_S, grace_s))  # the other side may be opening a stream there
         while relayed := [c for c in self._connections.get(peer, ()) if is_relayed(c.path)]:
             if all(is_relayed(path) for path in self.paths(peer)):
                 return  # the direct one did not last
-            late = trio.current_time() >= idle_at
+            late = trio.current_time() >= until
             for connection in relayed:
                 if late or not connection.streams:
                     connection.abort("a direct connection took over")
                     self._remove(connection)
-            await trio.sleep(min(1.0, grace_s / 4))
+            await trio.sleep(min(_IDLE_S, grace_s))
 
     @contextmanager
     def _as_unreachable(self) -> Generator[None]:

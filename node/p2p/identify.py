@@ -27,6 +27,7 @@ from node.p2p.multiaddrs import (
     encode_multiaddr,
     encode_varint,
 )
+from node.p2p.relay_dial import PathFilter
 from node.p2p.stream import Stream
 from protocol.codec import excerpt
 from protocol.errors import Fault, ProtocolError
@@ -93,15 +94,15 @@ def serve_identify(host: Host, *, agent: str, pushed: Callable[[Identified], Non
     host.handle(PUSH_PROTOCOL, take)
 
 
-async def identify(host: Host, peer: PeerId) -> Identified:
-    """Ask a connected peer who it is; takes IDENTIFY_S at most.
+async def identify(host: Host, peer: PeerId, *, over: PathFilter | None = None) -> Identified:
+    """Ask a connected peer who it is; takes IDENTIFY_S at most. `over`: on a connection with such a path.
 
     Raises Unreachable (not connected, does not speak identify, no answer in time, broken off) and
     ProtocolError (the answer makes no sense, or names another key).
     """
     try:
         with trio.fail_after(IDENTIFY_S):
-            stream = await host.open_stream(peer, IDENTIFY_PROTOCOL)
+            stream = await host.open_stream(peer, IDENTIFY_PROTOCOL, over=over)
             try:
                 message = await _read_untrusted(stream)
                 await stream.aclose()
