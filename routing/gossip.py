@@ -63,6 +63,7 @@ from routing.gossip_messages import (
     Reconsider,
     RemovePeer,
     Sums,
+    Thin,
     Want,
 )
 from routing.gossip_peers import MAX_SOURCES, Budget, GossipPolicy, KindPolicy, Neighbour
@@ -202,6 +203,8 @@ class GossipMachine(Generic[P]):
             self._next_source(item_id, peer)
         if neighbour.eager and not any(n.eager for n in self._neighbours.values()):
             self._promote_one()
+        if len(self._neighbours) < self._policy.min_neighbours:
+            self._out.append(Emit(Thin(len(self._neighbours))))
 
     def _promote_one(self) -> None:
         if self._neighbours:

@@ -173,4 +173,10 @@ class Expelled(msgspec.Struct, Generic[P], frozen=True, gc=False):
     detail: str
 
 
-GossipEvent: TypeAlias = Learnt | Expelled[P]
+class Thin(msgspec.Struct, frozen=True, gc=False):
+    """A neighbour went and few are left: find others, or a few more deaths cut us off."""
+
+    neighbours: int
+
+
+GossipEvent: TypeAlias = Learnt | Expelled[P] | Thin

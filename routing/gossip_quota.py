@@ -93,7 +93,9 @@ class QuotaMap(Generic[O, K, V]):
                 yield origin, key, value
 
     def put(self, origin: O, key: K, value: V) -> list[tuple[O, K, V]]:
-        """Write an entry; returns the entries that had to go for it."""
+        """Write an entry; returns the entries that had to go for it: itself, if it is a stranger's and no
+        stranger has one to give.
+        """
         entries = self._entries.get(origin)
         if entries is not None and key in entries:
             entries[key] = value
@@ -111,6 +113,9 @@ class QuotaMap(Generic[O, K, V]):
         elif not favoured and self._strangers.entries >= self._stranger_capacity:
             gone.append(self._make_room(self._strangers, origin))
         elif len(self) >= self._capacity:
+            if not favoured and not self._strangers.entries:
+                del self._entries[origin], self._in_favour[origin]
+                return [(origin, key, value)]
             gone.append(self._make_room(self._strangers if self._strangers.entries else self._known, origin))
         # The victim may have been this origin's only entry.
         entries = self._entries.setdefault(origin, OrderedDict())

@@ -87,14 +87,14 @@ class KarmaStore(Generic[P]):
         gone = self._said.put(statement.issuer, statement.subject, statement)
         self._about.setdefault(statement.subject, {})[statement.issuer] = None
         self._forget(gone)
+        if self._said.get(statement.issuer, statement.subject) is None:
+            return Merge.REFUSED
         pair = (statement.issuer, statement.subject)
         if statement.counters.attested_units or statement.past.attested_units:
             self._attested[pair] = None
             self._changed = True
         elif self._attested.pop(pair, ()) is None:
             self._changed = True
-        if self._said.get(statement.issuer, statement.subject) is None:
-            return Merge.REFUSED
         return Merge.CONTRADICTS if contradiction else Merge.NEW
 
     def about(self, subject: P) -> Iterator[Statement[P]]:
