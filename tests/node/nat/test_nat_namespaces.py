@@ -1,0 +1,97 @@
+"""Peers behind real NATs (Linux masquerade), each in a network namespace of its own."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+async def test_public_and_private_peers_know_what_they_are_and_a_hole_is_punched(network) -> None:
+    async with AsyncExitStack() as stack:
+        relay = await stack.enter_async_context(network.peer(network.public(), serve_relay=True))
+        island = await stack.enter_async_context(network.peer(network.private(), relays=[relay.address]))
+        gateway = await stack.enter_async_context(network.peer(network.private(), relays=[relay.address]))
+        public = await stack.enter_async_context(network.peer(network.public(), relays=[relay.address]))
+        for peer in (island, gateway, public):
+            assert "error" not in await peer("connect", address=relay.address)
+
+        state = await public.until(lambda s: s["reachability"] == "public")
+        assert public.address in state["addresses"]
+        assert not state["relays"]
+        await relay.until(lambda s: s["reachability"] == "public")
+        await gateway.until(lambda s: s["reachability"] == "private")
+        state = await island.until(lambda s: s["reachability"] == "private" and s["relays"] == [relay.peer])
+        relayed = f"{relay.address}/p2p-circuit/p2p/{island.peer}"
+        assert state["addresses"][0] == relayed
+
+        assert "error" in await gateway("connect", address=island.address)
+        state = await gateway("connect", address=relayed)
+        assert "relayed" in state["paths"][island.peer]
+        assert "error" not in await gateway("echo", peer=island.peer, bytes=100_000)
+        state = await gateway.until(lambda s: s["paths"][island.peer] == ["direct"])
+        assert state["remote"][island.peer].startswith("5.6.7.")
+        assert "error" not in await gateway("echo", peer=island.peer, bytes=1_000_000)
+        state = await island("status")
+        assert state["paths"][gateway.peer] == ["direct"]
+        assert state["punched"] == 1
+        before = (await relay("status"))["relayed_bytes"]
+        assert "error" not in await gateway("echo", peer=island.peer, bytes=1_000_000)
+        assert (await relay("status"))["relayed_bytes"] == before
+
+        # Nobody is needed in between any more.
+        relay.process.kill()
+        await island.until(lambda s: not s["relays"])
+        assert "error" not in await gateway("echo", peer=island.peer, bytes=1000)
+
+
+async def test_behind_nats_that_draw_ports_at_random_peers_stay_relayed(network) -> None:
+    async with AsyncExitStack() as stack:
+        relay = await stack.enter_async_context(network.peer(network.public(), serve_relay=True))
+        peers = [
+            await stack.enter_async_context(
+                network.peer(network.private(ports="random,fully-random"), relays=[relay.address])
+            )
+            for _ in range(2)
+        ]
+        for peer in peers:
+            await peer("connect", address=relay.address)
+        island, gateway = peers
+        state = await island.until(lambda s: s["relays"] == [relay.peer])
+        state = await gateway("connect", address=state["addresses"][0])
+        assert state["paths"][island.peer] == ["relayed"]
+        await island.until(lambda s: s["failed"] == 1)
+        state = await gateway("echo", peer=island.peer, bytes=300_000)
+        assert state["paths"][island.peer] == ["relayed"]
+        assert (await relay("status"))["circuits"] == 1
+
+
+async def test_a_public_peer_that_came_through_a_relay_is_dialled(network) -> None:
+    async with AsyncExitStack() as stack:
+        relay = await stack.enter_async_context(network.peer(network.public(), serve_relay=True))
+        island = await stack.enter_async_context(network.peer(network.private(), relays=[relay.address]))
+        gateway = await stack.enter_async_context(network.peer(network.public(), relays=[relay.address]))
+        await island("connect", address=relay.address)
+        state = await island.until(lambda s: s["relays"] == [relay.peer])
+        await gateway("connect", address=state["addresses"][0])
+        await gateway.until(lambda s: s["paths"][island.peer] == ["direct"])
+        assert (await island("status"))["dialled"] == 1
+
+
+async def test_another_relay_takes_over(network) -> None:
+    async with AsyncExitStack() as stack:
+        relays = [
+            await stack.enter_async_context(network.peer(network.public(), serve_relay=True)) for _ in range(3)
+        ]
+        island = await stack.enter_async_context(
+            network.peer(network.private(), relays=[relay.address for relay in relays])
+        )
+        await island("connect", address=relays[0].address)
+        state = await island.until(lambda s: len(s["relays"]) == 2)
+        dead = next(relay for relay in relays if relay.peer in state["relays"])
+        dead.process.kill()
+        others = {relay.peer for relay in relays} - {dead.peer}
+        state = await island.until(lambda s: set(s["relays"]) == others)
+        assert not any(dead.peer in address for address in state["addresses"])
