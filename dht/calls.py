@@ -72,6 +72,10 @@ class Calls:
     def close(self, number: int) -> Call:
         return self._open.pop(number)
 
+    def references(self) -> set[int]:
+        """Peers that were asked."""
+        return {call.peer for call in self._open.values()}
+
     def next_due(self) -> int | None:
         timers = self._timers
         while timers and timers[0][1] not in self._open:

@@ -234,6 +234,10 @@ class Lookup:
     def hop(self, peer: int) -> int:
         return self.hops((peer,))
 
+    def references(self) -> set[int]:
+        """Peers that it knows."""
+        return set(self._info)
+
     @property
     def open_queries(self) -> int:
         return sum(path.open for path in self.paths)

@@ -140,6 +140,17 @@ class DhtMachine:
     def stored_providers(self) -> int:
         return len(self._serving.providers or ())
 
+    def references(self) -> set[int]:
+        """Peers that this node's state names. The directory must know them; it may forget all others."""
+        core, providers = self._core, self._serving.providers
+        return {
+            core.me,
+            *core.table.references(),
+            *core.calls.references(),
+            *self._operations.references(),
+            *(providers.references() if providers is not None else ()),
+        }
+
     def size_estimate(self) -> int:
         """Estimated nodes in the network."""
         return self._core.size_estimate()

@@ -127,6 +127,14 @@ class Operations:
     def __len__(self) -> int:
         return len(self._open)
 
+    def references(self) -> set[int]:
+        """Peers that lookups know or have found."""
+        found: set[int] = set()
+        for op in self._open.values():
+            found |= op.lookup.references()
+            found.update(op.providers or ())
+        return found
+
     # --- orders ---------------------------------------------------------------------------------------
 
     def find_closest(self, ticket: int, target: int) -> None:

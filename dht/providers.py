@@ -99,6 +99,10 @@ class ProviderStore:
             del self._by_peer[peer]
         self._count -= 1
 
+    def references(self) -> set[int]:
+        """Peers that provide something."""
+        return set(self._by_peer)
+
     def expire(self, now: Instant) -> None:
         """Drop what has expired; `add` does it once a minute."""
         self._sweep_at = now + 60 * SECOND_NS

@@ -125,6 +125,12 @@ class RoutingTable:
             self.coordinates[place],
         )
 
+    def references(self) -> set[int]:
+        """Peers that entries and candidates name."""
+        found = {*self.peers, *self._candidates}
+        found.discard(NOBODY)
+        return found
+
     @property
     def buckets(self) -> int:
         return len(self.starts) - 1

@@ -32,11 +32,12 @@ class HttpBindSettings(Settings, frozen=True):
 
 class MeshSettings(Settings, frozen=True):
     """`listen`: multiaddrs where Islands reach this gateway. `islands`: full multiaddrs of Islands that the
-    gateway dials itself and keeps.
+    gateway dials itself and keeps. `bootstrap`: full multiaddrs of any peers, to enter the overlay by.
     """
 
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/4001",)
     islands: tuple[str, ...] = ()
+    bootstrap: tuple[str, ...] = ()
 
 
 class JobSettings(Settings, frozen=True):

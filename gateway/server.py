@@ -13,14 +13,18 @@ import msgspec
 import structlog
 import trio
 
+from dht.keys import key_of_role
 from gateway.app import create_app
 from gateway.config import GatewaySettings
 from gateway.http import HttpSettings
 from gateway.http_server import open_listener, serve_http
 from gateway.keys import KeyRing
 from gateway.mesh import Mesh
+from node.control import ControlMethods, serve_control
 from node.identity import load_or_create_identity
 from node.island import AGENT, ROLE_COORDINATOR, VERSION, monotonic_now, unix_now
+from node.overlay.control import OverlayControl
+from node.overlay.overlay import OverlayConfig, open_overlay
 from node.p2p import open_host
 from node.p2p.errors import ListenFailed
 from node.p2p.identify import serve_identify
@@ -64,12 +68,19 @@ async def run_gateway(
     async with (
         open_host(identity, settings.mesh.listen) as host,
         open_peers(host, hello=hello, dice=dice) as peers,
+        open_overlay(
+            host, peers, OverlayConfig(settings.data_path, settings.mesh.bootstrap), identity
+        ) as overlay,
         trio.open_nursery() as nursery,
     ):
         serve_identify(host, agent=AGENT)
         serve_ping(host)
         mesh = Mesh(host, peers, policy=settings.jobs.policy, now=monotonic_now, unix_now=unix_now)
         await nursery.start(mesh.keep)
+        overlay.provide_all("role", [key_of_role(ROLE_COORDINATOR)])
+        methods = ControlMethods()
+        OverlayControl(overlay, peers, identity.signer).register(methods)
+        await nursery.start(serve_control, settings.data_path, methods)
         for address in settings.mesh.islands:
             peers.keep(address)
         http = HttpSettings(

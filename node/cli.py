@@ -17,6 +17,7 @@ _SHORTCUTS = (
     ("--data-dir", "data_dir", "where identity and state live"),
     ("--cargo", "cargos", "Cargos to run: names or manifest files, separated by commas"),
     ("--coordinator", "network.coordinators", "multiaddrs of gateways to work for, separated by commas"),
+    ("--bootstrap", "network.bootstrap", "multiaddrs of peers to enter the overlay by, separated by commas"),
     ("--listen", "network.listen", "multiaddrs to listen on, separated by commas"),
     ("--threads", "engine.threads", "engine threads per Cargo"),
     ("--log-format", "log.format", "console or json"),
@@ -27,6 +28,7 @@ examples:
   archi-node doctor                                   what this machine can run, and what is missing
   archi-node run --coordinator /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW...
   archi-node status                                   a live table of the Island on this machine
+  archi-node dht providers role:coordinator           ask the running Island who coordinates
   ARCHI_ENGINE_THREADS=4 archi-node run --config island.toml
 
 Settings come from the file, then ARCHI_* variables, then flags; each overrides the one before.
@@ -58,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("--once", action="store_true", help="one snapshot, then exit")
     status.set_defaults(handler=_status)
 
+    _add_dht(commands)
+
     doctor = commands.add_parser("doctor", help="what this machine can run, what is missing and how to get it")
     add_settings_flags(doctor, _SHORTCUTS)
     doctor.add_argument("--json", action="store_true", help="for scripts")
@@ -65,6 +69,36 @@ def build_parser() -> argparse.ArgumentParser:
 
     cargo_cli.register(commands)
     return parser
+
+
+def _add_dht(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:  # pyright: ignore[reportPrivateUsage] - argparse gives its type no public name
+    """`archi-node dht ...`, answered by the running node."""
+    dht = commands.add_parser("dht", help="ask the overlay through the running Island")
+    kinds = dht.add_subparsers(dest="dht_command", required=True, metavar="COMMAND")
+    name_help = (
+        "a peer id, sha256:DIGEST, role:NAME[@REGION], capability:NAME[@REGION], region:NAME, or a hex key"
+    )
+    for command, words, text in (
+        ("peers", (), "the routing table"),
+        ("find", ("name",), "the peers closest to a key"),
+        ("get", ("namespace", "name"), "records"),
+        (
+            "put",
+            ("namespace", "name", "value"),
+            "store a record, signed by this node ('-': from standard input)",
+        ),
+        ("provide", ("name",), "tell the network that this node provides a key, as long as it runs"),
+        ("withdraw", ("name",), "tell it no longer"),
+        ("providers", ("name",), "who provides a key"),
+    ):
+        parser = kinds.add_parser(command, help=text)
+        for word in words:
+            parser.add_argument(word, help=name_help if words == ("name",) else None)
+        if command == "put":
+            parser.add_argument("--ttl", type=int, default=24, metavar="HOURS", help="1 to 48; default 24")
+        parser.add_argument("--json", action="store_true", help="for scripts")
+        add_settings_flags(parser, _SHORTCUTS[1:2])
+        parser.set_defaults(handler=_dht)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,7 +123,7 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"listening {address}", flush=True)
 
     async def island() -> None:
-        if not settings.network.coordinators:
+        if settings.cargos and not settings.network.coordinators:
             structlog.get_logger("run").warning(
                 "no coordinator: only gateways that dial this Island send it jobs",
                 remedy="--coordinator MULTIADDR, which a gateway prints at its start",
@@ -139,6 +173,14 @@ def _status(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         pass  # the way out of a live table
     return 0
+
+
+def _dht(arguments: argparse.Namespace) -> int:
+    settings = settings_from(arguments, NodeSettings)
+
+    from node.overlay.commands import run_dht
+
+    return run_dht(arguments, settings.data_path)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

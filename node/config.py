@@ -21,11 +21,13 @@ def default_data_dir() -> Path:
 
 class NetworkSettings(Settings, frozen=True):
     """`listen`: multiaddrs to listen on (port 0: any). `coordinators`: full multiaddrs, with /p2p/ID, of
-    the gateways to work for.
+    the gateways to work for. `bootstrap`: full multiaddrs of any peers, to enter the overlay by; coordinators
+    serve for that, too.
     """
 
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     coordinators: tuple[str, ...] = ()
+    bootstrap: tuple[str, ...] = ()
 
 
 class EngineSettings(Settings, frozen=True):

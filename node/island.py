@@ -27,10 +27,13 @@ from cargos.resolve import resolve_cargo
 from cargos.runtimes.base import Runtime, RuntimeFailed, RuntimeSpec
 from cargos.runtimes.llama import open_llama
 from cargos.store import CargoStore
+from dht.keys import key_of_capability, key_of_cargo, key_of_region
 from node.config import NodeSettings
-from node.control import serve_control
+from node.control import ControlMethods, NoParams, serve_control
 from node.identity import load_or_create_identity
 from node.jobs import JobService
+from node.overlay.control import OverlayControl
+from node.overlay.overlay import OverlayConfig, open_overlay
 from node.p2p import open_host
 from node.p2p.host import plain_errors
 from node.p2p.identify import serve_identify
@@ -38,6 +41,7 @@ from node.p2p.ping import serve_ping
 from node.peers import PeerEvent, PeerUp, open_peers
 from node.rpc import CallFailed, PeerUnreachable
 from node.settings import SettingsError
+from node.snapshot import Snapshot, snapshot
 from node.state import HostedCargo, IslandState
 from protocol.adverts import (
     ACCEPTED,
@@ -51,7 +55,7 @@ from protocol.adverts import (
     OfferedCargo,
 )
 from protocol.dice import Dice
-from protocol.ids import PeerId
+from protocol.ids import CargoDigest, PeerId
 from protocol.instants import SECOND_NS, Instant, UnixNs
 from protocol.jobs import JOB_PROTOCOL
 from protocol.limits import MAX_ADVERT_CARGOS
@@ -77,6 +81,14 @@ RuntimeOpener: TypeAlias = Callable[[RuntimeSpec], AbstractAsyncContextManager[R
 RUNTIMES: Final[Mapping[RuntimeType, RuntimeOpener]] = MappingProxyType({RuntimeType.LLMCPP: open_llama})
 
 _log = structlog.get_logger("island")
+
+
+def overlay_config(settings: NodeSettings) -> OverlayConfig:
+    """How an Island takes part in the overlay: coordinators are peers to enter by like any other."""
+    network = settings.network
+    return OverlayConfig(
+        settings.data_path, (*network.bootstrap, *network.coordinators), region=settings.region
+    )
 
 
 def unix_now() -> UnixNs:
@@ -135,6 +147,7 @@ class Island:
             async with (
                 open_host(self.identity, settings.network.listen) as host,
                 open_peers(host, hello=hello, dice=dice) as peers,
+                open_overlay(host, peers, overlay_config(settings), self.identity) as overlay,
             ):
                 jobs = JobService(
                     signer=self.identity.signer,
@@ -143,7 +156,7 @@ class Island:
                     unix_now=unix_now,
                     changed=self._note_change,
                 )
-                state = self.state = IslandState(settings, self.identity, host, peers, jobs)
+                state = self.state = IslandState(settings, self.identity, host, peers, jobs, overlay)
                 host.handle(JOB_PROTOCOL, jobs.handle)
                 serve_identify(host, agent=AGENT)
                 serve_ping(host)
@@ -151,7 +164,7 @@ class Island:
                 for address in settings.network.coordinators:
                     peers.keep(address)
                 async with trio.open_nursery() as nursery:
-                    await nursery.start(serve_control, settings.data_path, state)
+                    await nursery.start(serve_control, settings.data_path, self._control_methods())
                     _log.info("listening", name=settings.name, peer=host.peer, addresses=list(host.addresses))
                     for entry in {entry.digest: entry for entry in entries}.values():
                         hosted = state.cargos[entry.digest] = HostedCargo(entry)
@@ -162,6 +175,18 @@ class Island:
                     await leave.wait()
                     await self._say_farewell()
                     nursery.cancel_scope.cancel()
+
+    def _control_methods(self) -> ControlMethods:
+        """What commands may ask the running Island."""
+        state, methods = self.state, ControlMethods()
+
+        async def status(_: NoParams) -> Snapshot:
+            return snapshot(state)
+
+        methods.serve("status", NoParams, status)
+        if state.overlay is not None:
+            OverlayControl(state.overlay, state.peers, self.identity.signer).register(methods)
+        return methods
 
     async def _say_farewell(self) -> None:
         """No coordinator places anything here any more. Running jobs are handed over when their streams end."""
@@ -247,11 +272,28 @@ class Island:
     async def _advertise(self) -> None:
         async with trio.open_nursery() as nursery:
             while True:
+                self._provide()
                 self._advertise_once(nursery)
                 with trio.move_on_after(ADVERT_INTERVAL_NS / SECOND_NS):
                     await self._changed.wait()
                     await trio.sleep(ADVERT_COALESCE_S)
                 self._changed = trio.Event()
+
+    def _provide(self) -> None:
+        """Stand in the overlay where those look who want what is ready here."""
+        if self.state.overlay is None:
+            return
+        ready = {
+            digest: hosted.entry.manifest
+            for digest, hosted in self.state.cargos.items()
+            if hosted.state == "ready" and not self.state.jobs.draining
+        }
+        keys = {key_of_cargo(CargoDigest(digest)) for digest in ready}
+        if ready and self.settings.region:
+            keys.add(key_of_region(self.settings.region))
+        for runtime in {manifest.runtime.value for manifest in ready.values()}:
+            keys.update(key_of_capability(f"runtime:{runtime}", at) for at in {"", self.settings.region})
+        self.state.overlay.provide_all("cargos", keys)
 
     def _advertise_once(self, nursery: trio.Nursery) -> None:
         """Tell all coordinators; one that is slow to answer delays no other and gets the next advert later."""

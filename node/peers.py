@@ -109,6 +109,7 @@ class Peers:
         self._methods = Methods()
         self._known: dict[PeerId, Known] = {}
         self._pins: dict[PeerId, int] = {}
+        self._opening: dict[PeerId, RpcLink] = {}  # those of them that said hello
         self._dialling: dict[PeerId, int] = {}  # our own links under way
         self._links: set[RpcLink] = set()
         self._kept: dict[str, _Kept] = {}
@@ -244,12 +245,16 @@ class Peers:
         return await known.link.call(method, message, reply, deadline_ns=deadline_ns)
 
     def notify(self, peer: PeerId, method: str, message: Message) -> None:
-        """Tell a peer, if it can be told at once; else dropped and counted."""
+        """Tell a peer, if it can be told at once; else dropped and counted.
+
+        A peer that tells us something while our hello is under way can be answered on that link already.
+        """
         known = self._known.get(peer)
-        if known is None:
+        link = self._opening.get(peer) if known is None else known.link
+        if link is None:
             self.counters.notices_dropped += 1
         else:
-            known.link.notify(method, message)
+            link.notify(method, message)
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -328,6 +333,7 @@ class Peers:
                 await self._host.connect(address)
             stream = await self._host.open_stream(peer, RPC_PROTOCOL)
             link = RpcLink(stream, self._methods, self.counters, measured=self._measured)
+            self._opening[peer] = link
             self._nursery.start_soon(self._run_link, link)
             hello = await link.call(METHOD_HELLO, self._hello, HELLO, deadline_ns=self._config.connect_ns)
             opened = self._adopt(link, hello, ours=True)
@@ -338,6 +344,8 @@ class Peers:
             self._dialling[peer] -= 1
             if not self._dialling[peer]:
                 del self._dialling[peer]
+            if link is not None and self._opening.get(peer) is link:
+                del self._opening[peer]
             if link is not None and not opened:
                 link.close("hello failed")
 

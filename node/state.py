@@ -10,6 +10,7 @@ from cargos.runtimes.base import Runtime
 from node.config import NodeSettings
 from node.identity import Identity
 from node.jobs import JobService
+from node.overlay.overlay import Overlay
 from node.p2p import Host
 from node.peers import Peers
 
@@ -35,5 +36,6 @@ class IslandState:
     host: Host
     peers: Peers
     jobs: JobService
+    overlay: Overlay | None = None
     cargos: dict[str, HostedCargo] = field(default_factory=dict[str, HostedCargo])
     started: float = field(default_factory=time.monotonic)

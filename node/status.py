@@ -10,7 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from node.control import Snapshot, ask_status
+from node.control import ask_status
+from node.snapshot import OverlaySnapshot, Snapshot
 
 _REFRESH_S = 0.5
 _STATE_STYLE = {"ready": "green", "connected": "green", "failed": "red"}
@@ -46,12 +47,29 @@ def render_status(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> R
     )
     parts: list[RenderableType] = [head, _cargos(now, before, elapsed_s)]
     parts += [Text(f"{cargo.name}: {cargo.detail}", style="red") for cargo in now.cargos if cargo.detail]
+    if now.overlay is not None:
+        parts += ["", render_overlay(now.overlay)]
     parts.append("")
     parts.append(_peers(now) if now.peers else Text("no peers: is a coordinator configured?", style="yellow"))
     parts += ["", Text(totals)]
     if now.jobs:
         parts.append(_jobs(now))
     return Group(*parts)
+
+
+def render_overlay(overlay: OverlaySnapshot) -> Text:
+    """How the node stands in the overlay, in one or two lines."""
+    state = ("in the overlay", "green") if overlay.joined else ("not in the overlay", "yellow")
+    size = f"about {overlay.network_size}" if overlay.network_size else "an unknown number of"
+    place = ", ".join(f"{part:.1f}" for part in overlay.coordinate_ms)
+    return Text.assemble(
+        state,
+        "" if overlay.reachable else (" as a client: others can not dial it", "yellow"),
+        f"  table {overlay.table} of {size} peers, {overlay.links} links, stores {overlay.records} records "
+        f"and {overlay.providers} provider records\n"
+        f"place {f'({place}) ms' if place else 'unknown'}  messages {overlay.messages_sent} out, "
+        f"{overlay.messages_received} in, {overlay.messages_refused} refused",
+    )
 
 
 def _cargos(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> Table:

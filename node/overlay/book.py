@@ -84,7 +84,7 @@ class AddressBook:
         """Who this is. Raises KeyError for a number that was given up."""
         return self._entries[number].peer
 
-    def group_of(self, peer: int, /) -> int:
+    def group_of(self, peer: int) -> int:
         """For `Directory`: the network of the address where it was met, else of the first that is known."""
         entry = self._entries.get(peer)
         if entry is None:
@@ -115,6 +115,13 @@ class AddressBook:
         if number != self.me and not entry.own:
             self._hear(entry, addresses, narrowest)
         return number
+
+    def met_numbers(self, count: int) -> list[int]:
+        """Peers worth remembering: those met at an address lately, then those that told us one themselves."""
+        latest = [number for number in reversed(self._entries) if number != self.me]
+        met = [number for number in latest if self._entries[number].met_at]
+        told = [number for number in latest if self._entries[number].own and not self._entries[number].met_at]
+        return (met + told)[:count]
 
     # --- addresses --------------------------------------------------------------------------------
 
