@@ -107,7 +107,7 @@ class GossipMachine(Generic[P]):
         openers: Mapping[str, Opener],
         kinds: Mapping[str, KindPolicy],
         *,
-        favoured: Callable[[bytes], bool] = lambda _: False,
+        favoured: Callable[[bytes], bool] = lambda _: True,
         unix_offset_ns: int = 0,
     ) -> None:
         self._dice: Final = dice
