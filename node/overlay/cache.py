@@ -28,7 +28,7 @@ MAX_CACHED_ADDRESSES: Final = 4
 
 #: Values that the machine may have kept, and the bytes of one.
 MAX_KEPT_VALUES: Final = 64
-MAX_KEPT_VALUE_BYTES: Final = 1 * MIB
+MAX_KEPT_VALUE_BYTES: Final = 8 * MIB
 
 _FOLDER: Final = "overlay"
 _PEERS: Final = "peers"

@@ -1,0 +1,176 @@
+"""A machine of `routing` over kept links: a short match over what it wants done.
+
+Each message travels as a notice on the RPC link to its peer. A machine whose user may dial (an Island towards
+its coordinators) has links opened for it; one that only answers (a coordinator) sends to whoever is there.
+Everything happens in the task that has the news, nothing waits, and only a dial has a task of its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Final, Generic, TypeAlias, TypeVar
+
+import structlog
+import trio
+
+from node.peers import PeerDown, PeerEvent, Peers
+from node.rpc import PeerUnreachable
+from protocol.codec import Message
+from protocol.ids import PeerId
+from protocol.instants import SECOND_NS, Instant
+from protocol.machine import (
+    Disconnect,
+    Effect,
+    Emit,
+    Input,
+    Machine,
+    Ordered,
+    PeerLost,
+    Received,
+    Send,
+    Trace,
+    Woken,
+)
+
+M = TypeVar("M", bound=Message)
+C = TypeVar("C")
+E = TypeVar("E")
+
+#: Messages that wait for one link to come up. Machines repeat what is not acknowledged, so a few are enough.
+MAX_WAITING_PER_PEER: Final = 16
+
+#: Peers that messages wait for.
+MAX_WAITING_PEERS: Final = 256
+
+#: Opening a link for a machine may take this long; the machine has given up the peer by then.
+REACH_S: Final = 10.0
+
+Reach: TypeAlias = Callable[[PeerId], Awaitable[None]]
+"""Have a link to the peer. Raises PeerUnreachable."""
+
+_log = structlog.get_logger("coordination")
+
+
+def monotonic_now() -> Instant:
+    """The clock of machines: trio's, which tests can bend."""
+    return Instant(round(trio.current_time() * SECOND_NS))
+
+
+class MachineDriver(Generic[M, C, E]):
+    """Runs one machine. `run` keeps its time; all else happens when peers or users call.
+
+    `on_event` is called for each event, in order; it may order something, which happens after it. `reach`:
+    how to get a link; without it, what is for a peer without a link is lost, and the machine told.
+    """
+
+    def __init__(
+        self,
+        machine: Machine[PeerId, M, C, E],
+        peers: Peers,
+        method: str,
+        nursery: trio.Nursery,
+        on_event: Callable[[E], None],
+        *,
+        reach: Reach | None = None,
+        disconnect: Callable[[PeerId, str], Awaitable[None]] | None = None,
+    ) -> None:
+        self._machine = machine
+        self._peers = peers
+        self._method = method
+        self._nursery = nursery
+        self._on_event = on_event
+        self._reach = reach
+        self._disconnect = disconnect
+        self._inbox: deque[Input[PeerId, M, C]] = deque()
+        self._driving = False
+        self._outbox: dict[PeerId, deque[M]] = {}
+        self._alarm = trio.CancelScope()
+        self._unsubscribe = peers.subscribe(self._on_peer)
+
+    def order(self, command: C) -> None:
+        """Tell the machine what its user wants."""
+        self._drive(Ordered(command))
+
+    def received(self, peer: PeerId, message: M) -> None:
+        """A peer's message came."""
+        self._drive(Received(peer, message))
+
+    async def run(self) -> None:
+        """Wake the machine when it asks for it, until cancelled."""
+        try:
+            while True:
+                with trio.CancelScope() as self._alarm:
+                    self._set_alarm()
+                    await trio.sleep_forever()
+                self._drive(Woken())
+        finally:
+            self._unsubscribe()
+
+    # --- inside -------------------------------------------------------------------------------------
+
+    def _drive(self, what: Input[PeerId, M, C]) -> None:
+        self._inbox.append(what)
+        if self._driving:
+            return
+        self._driving = True
+        try:
+            while self._inbox:
+                for effect in self._machine.receive(monotonic_now(), self._inbox.popleft()):
+                    self._apply(effect)
+        finally:
+            self._driving = False
+        self._set_alarm()
+
+    def _apply(self, effect: Effect[PeerId, M, E]) -> None:
+        match effect:
+            case Send(peer, message):
+                self._send(peer, message)
+            case Emit(event):
+                self._on_event(event)
+            case Disconnect(peer, reason):
+                if self._disconnect is not None:
+                    self._nursery.start_soon(self._disconnect, peer, reason)
+            case Trace(name, values):
+                _log.debug(name, **dict(values))
+            case _:
+                pass  # WakeAt: `run` asks `next_wake`
+
+    def _set_alarm(self) -> None:
+        wake = self._machine.next_wake()
+        # A microsecond more than asked for: a float must not round to a moment before.
+        self._alarm.deadline = trio.current_time() + 3600 if wake is None else (wake + 1000) / SECOND_NS
+
+    def _send(self, peer: PeerId, message: M) -> None:
+        if self._peers.hello(peer) is not None:
+            self._peers.notify(peer, self._method, message)
+            return
+        if self._reach is None:
+            self._inbox.append(PeerLost(peer))
+            return
+        waiting = self._outbox.get(peer)
+        if waiting is not None:
+            waiting.append(message)
+            if len(waiting) > MAX_WAITING_PER_PEER:
+                waiting.popleft()
+        elif len(self._outbox) < MAX_WAITING_PEERS:
+            self._outbox[peer] = deque((message,))
+            self._nursery.start_soon(self._connect, peer, self._reach)
+        else:
+            self._inbox.append(PeerLost(peer))
+
+    async def _connect(self, peer: PeerId, reach: Reach) -> None:
+        try:
+            with trio.fail_after(REACH_S):
+                await reach(peer)
+        except (PeerUnreachable, trio.TooSlowError) as error:
+            self._outbox.pop(peer, None)
+            _log.debug("unreachable", peer=peer, reason=str(error) or "no answer in time")
+            self._drive(PeerLost(peer))
+        else:
+            for message in self._outbox.pop(peer, ()):
+                self._peers.notify(peer, self._method, message)
+
+    def _on_peer(self, event: PeerEvent) -> None:
+        if isinstance(event, PeerDown) and event.peer not in self._outbox:
+            self._drive(PeerLost(event.peer))
