@@ -22,9 +22,11 @@ class Purpose(IntEnum):
 
 
 class Call:
-    """`operation`: number of the operation that asked, 0 for upkeep."""
+    """`operation`: number of the operation that asked, 0 for upkeep. `note`: the asker's own, for what it
+    asked.
+    """
 
-    __slots__ = ("failed_at", "operation", "peer", "purpose", "sent")
+    __slots__ = ("failed_at", "note", "operation", "peer", "purpose", "sent")
 
     def __init__(self, peer: int, purpose: Purpose, operation: int, sent: Instant, failed_at: Instant) -> None:
         self.peer = peer
@@ -32,6 +34,7 @@ class Call:
         self.operation = operation
         self.sent = sent
         self.failed_at = failed_at
+        self.note = 0
 
 
 class Calls:
@@ -46,7 +49,7 @@ class Calls:
         return len(self._open)
 
     def start(
-        self, now: Instant, peer: int, purpose: Purpose, operation: int, slow_ns: int, fail_ns: int
+        self, now: Instant, peer: int, purpose: Purpose, *, operation: int, slow_ns: int, fail_ns: int
     ) -> int:
         """Number of a new call; it becomes due `slow_ns` and `fail_ns` from now."""
         number = self._next
@@ -54,6 +57,9 @@ class Calls:
         self._open[number] = Call(peer, purpose, operation, now, Instant(now + fail_ns))
         heappush(self._timers, (now + min(slow_ns, fail_ns), number))
         return number
+
+    def note(self, number: int, note: int) -> None:
+        self._open[number].note = note
 
     def finish(self, number: int, peer: int) -> Call | None:
         """The call that this peer answers with this number, now closed; None if there is none."""

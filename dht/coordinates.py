@@ -107,10 +107,10 @@ class Vivaldi:
         """One measured round trip to a peer that says it stands at `remote`. False: the sample was not
         followed.
         """
-        if remote == UNKNOWN or not _MIN_RTT_NS <= rtt_ns <= _MAX_RTT_NS or remote_error_parts >= ERROR_SCALE:
-            # A newcomer's place says nothing yet, but two newcomers must start somewhere.
-            if remote == UNKNOWN or self.error < 1.0 or not _MIN_RTT_NS <= rtt_ns <= _MAX_RTT_NS:
-                return False
+        if remote == UNKNOWN or not _MIN_RTT_NS <= rtt_ns <= _MAX_RTT_NS:
+            return False
+        if remote_error_parts >= ERROR_SCALE and self.error < 1.0:
+            return False  # a newcomer's place says nothing yet; but two newcomers must start somewhere
         x, y, z, height = unpack(remote)
         dx, dy, dz = self._x - x, self._y - y, self._z - z
         flat = sqrt(dx * dx + dy * dy + dz * dz)

@@ -5,7 +5,7 @@ moment.
 from __future__ import annotations
 
 from array import array
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from dht.calls import Call, Calls, Purpose
 from dht.coordinates import UNKNOWN, Vivaldi, estimate_ns
@@ -27,6 +27,24 @@ DhtEffect: TypeAlias = Effect[int, DhtMessage, DhtEvent]
 _SIZES_KEPT = 9
 
 
+class Members(Protocol):
+    """The full table (dht/fulltable.py), as others see it; None in nodes without."""
+
+    active: bool
+
+    def heard_of(self, peer: int, coordinate: int) -> None: ...
+
+    def answered(self, peer: int, coordinate: int) -> None: ...
+
+    def gone(self, peer: int) -> None: ...
+
+    def closest(self, target: int, count: int, *, told: bool) -> tuple[list[int], list[int]]: ...
+
+    def page(self, start: int, end: int) -> tuple[tuple[int, ...], tuple[int, ...], bool]: ...
+
+    def differing(self, digests: tuple[int, ...]) -> tuple[int, ...]: ...
+
+
 class Core:
     __slots__ = (
         "_sizes",
@@ -34,6 +52,7 @@ class Core:
         "client",
         "dice",
         "directory",
+        "full",
         "keys",
         "me",
         "now",
@@ -60,6 +79,7 @@ class Core:
         self.now = Instant(0)
         self.out: list[DhtEffect] = []
         self._sizes: array[float] | None = None
+        self.full: Members | None = None
 
     @property
     def tick(self) -> int:
@@ -95,7 +115,7 @@ class Core:
         slow = policy.slow_factor * rtt_ns + policy.slow_ns + connect
         fail = policy.timeout_factor * rtt_ns + policy.timeout_ns + connect
         fail = min(max(fail, policy.min_timeout_ns), policy.max_timeout_ns) * patience
-        return self.calls.start(self.now, peer, purpose, operation, slow, fail)
+        return self.calls.start(self.now, peer, purpose, operation=operation, slow_ns=slow, fail_ns=fail)
 
     def table_knows_link(self, place: int) -> bool:
         """Whether a connection to this entry has probably been made: it was measured."""
@@ -120,10 +140,18 @@ class Core:
         elif rtt_ns > 0:
             self.vivaldi.sample(said.coordinate, said.error, rtt_ns, self.dice)
         if said.client:
-            table.remove(peer)
+            self.forget(peer)
             return
+        if self.full is not None:
+            self.full.answered(peer, said.coordinate)
         rtt_us = max(rtt_ns // 1000, 1) if rtt_ns > 0 else 0
         table.answered(peer, self.tick, rtt_us, said.coordinate, self.vivaldi.packed)
+
+    def forget(self, peer: int) -> None:
+        """The peer is a client: it stands in no table."""
+        self.table.remove(peer)
+        if self.full is not None:
+            self.full.gone(peer)
 
     def hear_contacts(self, contacts: tuple[int, ...], coordinates: tuple[int, ...]) -> None:
         """What an answer said of others: hearsay."""
@@ -131,6 +159,18 @@ class Core:
         for peer, coordinate in zip(contacts, coordinates, strict=False):
             if peer != me:
                 table.heard_of(peer, tick, coordinate, own, self_said=False)
+        if self.full is not None:
+            for peer, coordinate in zip(contacts, coordinates, strict=False):
+                self.full.heard_of(peer, coordinate)
+
+    def closest_peers(self, target: int) -> list[int]:
+        """Where a lookup starts."""
+        peers = self.table.peers
+        near = [peers[place] for place in self.table.closest(target, self.policy.k)]
+        if self.full is not None and self.full.active:
+            members, _ = self.full.closest(target, self.policy.k, told=False)
+            return [*members, *near]
+        return near
 
     # --- size of the network --------------------------------------------------------------------------
 
@@ -154,7 +194,7 @@ class Core:
         return max((squares << KEY_BITS) // max(weighted, 1) - 1, len(closest))
 
     def size_estimate(self) -> int:
-        """Nodes in the network, ourselves included: the median of what lookups and our own neighbourhood tell."""
+        """Nodes in the network, with us: the median of what lookups and our own neighbourhood tell."""
         table = self.table
         own = self.keys[self.me]
         places = table.closest(own, self.policy.k)

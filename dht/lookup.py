@@ -195,7 +195,7 @@ class Lookup:
                 self._discredit(path, referrer)
 
     def slow(self, peer: int) -> None:
-        """The peer takes longer than expected: it no longer counts against alpha, its answer is still welcome."""
+        """The peer is late: it no longer counts against alpha, its answer is still welcome."""
         code = self._info.get(peer)
         if code is not None and code & _STATE_MASK == OPEN:
             self._info[peer] = code & ~_STATE_MASK | SLOW

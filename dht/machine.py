@@ -32,14 +32,19 @@ from dht.events import (
     Stored,
     Withdraw,
 )
+from dht.fulltable import FullTable
 from dht.messages import (
     AddProvider,
+    CompareTables,
     DhtMessage,
+    Differences,
     FindNode,
     FindProvidersOf,
     FindRecords,
+    GetPage,
     Kept,
     Nodes,
+    Page,
     Ping,
     Pong,
     Providers,
@@ -68,13 +73,13 @@ _MAX_SEEN_RTT_NS = 10 * SECOND_NS
 #: What we assume of the error of a peer whose round trip was measured outside our messages.
 _ASSUMED_ERROR_PARTS = 300
 
-_QUERIES = frozenset({Ping, FindNode, FindRecords, FindProvidersOf, Store, AddProvider})
+_QUERIES = frozenset({Ping, FindNode, FindRecords, FindProvidersOf, Store, AddProvider, GetPage, CompareTables})
 
 
 class DhtMachine:
     """`client`: start as one that can not be dialled (`SetReachable` changes it)."""
 
-    __slots__ = ("_announced", "_core", "_operations", "_publishing", "_serving", "_upkeep")
+    __slots__ = ("_announced", "_core", "_full", "_operations", "_publishing", "_serving", "_upkeep")
 
     def __init__(
         self,
@@ -92,6 +97,9 @@ class DhtMachine:
         self._operations = Operations(self._core, self._serving, check)
         self._publishing = Publishing(self._core, self._operations)
         self._upkeep = Upkeep(self._core, self._operations)
+        self._full: FullTable | None = None
+        if policy.full_table:
+            self._full = self._core.full = FullTable(self._core)
         self._announced = 0
 
     # --- reading --------------------------------------------------------------------------------------
@@ -168,11 +176,19 @@ class DhtMachine:
             return None
         return estimate_ns(coordinate, self._core.vivaldi.packed)
 
+    @property
+    def full_table_members(self) -> int:
+        """Members in full-table mode, 0 outside it."""
+        return len(self._full) if self._full is not None else 0
+
     def next_wake(self) -> Instant | None:
         due = self._core.calls.next_due()
         for other in (self._upkeep.next_due(), self._publishing.next_due()):
             if other is not None and (due is None or other < due):
                 due = other
+        if self._full is not None and self._upkeep.running:
+            other = self._full.next_due()
+            due = other if due is None else min(due, other)
         return None if due is None else Instant(due)
 
     # --- the machine ----------------------------------------------------------------------------------
@@ -196,6 +212,8 @@ class DhtMachine:
         if self._operations.joined:
             self._operations.joined = False
             self._upkeep.start(now, joined=True)
+            if self._full is not None:
+                self._full.start(now)
             wake = self.next_wake()
         if wake is not None and (wake < self._announced or self._announced <= now):
             self._announced = wake
@@ -213,6 +231,8 @@ class DhtMachine:
                 self._operations.query_slow(call)
         self._upkeep.work(now)
         self._publishing.work(now)
+        if self._full is not None and self._upkeep.running:
+            self._full.work(now)
 
     # --- messages -------------------------------------------------------------------------------------
 
@@ -227,9 +247,11 @@ class DhtMachine:
         if not self._serving.admits(peer):
             return
         if message.client:
-            core.table.remove(peer)
+            core.forget(peer)
         else:
-            core.table.heard_of(peer, core.tick, message.coordinate, core.vivaldi.packed, self_said=True)
+            own = core.vivaldi.packed
+            if core.table.heard_of(peer, core.tick, message.coordinate, own, self_said=True):
+                self._upkeep.met(peer)
             if not self._upkeep.running:
                 self._upkeep.start(core.now, joined=False)
         self._serve(peer, message)
@@ -248,6 +270,10 @@ class DhtMachine:
             serving.add_provider(peer, query)
         elif isinstance(query, Store):
             serving.store(peer, query)
+        elif isinstance(query, GetPage):
+            serving.get_page(peer, query)
+        elif isinstance(query, CompareTables):
+            serving.compare(peer, query)
 
     def _answer(self, peer: int, answer: DhtMessage) -> None:
         core = self._core
@@ -265,6 +291,10 @@ class DhtMachine:
             self._operations.query_answered(call, answer)
         elif isinstance(answer, Kept):
             self._operations.store_answered(call, answer)
+        elif self._full is not None and isinstance(answer, Page):
+            self._full.paged(call, answer)
+        elif self._full is not None and isinstance(answer, Differences):
+            self._full.compared(answer)
 
     def _failed(self, now: Instant, call: Call) -> None:
         self._upkeep.failed(now, call.peer)
@@ -344,4 +374,8 @@ def _fits(call: Call, answer: Said) -> bool:
         return isinstance(answer, Pong)
     if call.purpose is Purpose.STORE:
         return isinstance(answer, Kept)
+    if call.purpose is Purpose.PAGE:
+        return isinstance(answer, Page)
+    if call.purpose is Purpose.COMPARE:
+        return isinstance(answer, Differences)
     return isinstance(answer, Nodes | Records | Providers)

@@ -90,7 +90,7 @@ class Operation:
     )
 
     def __init__(
-        self, number: int, ticket: int | None, kind: Kind, key: int, lookup: Lookup, now: Instant
+        self, number: int, ticket: int | None, kind: Kind, *, key: int, lookup: Lookup, now: Instant
     ) -> None:
         self.number = number
         self.ticket = ticket
@@ -198,8 +198,7 @@ class Operations:
         if len(self._open) >= MAX_OPERATIONS:
             self._refuse(ticket, kind)
             return None
-        peers = core.table.peers
-        start = [*seeds, *(peers[place] for place in core.table.closest(key, policy.k))]
+        start = [*seeds, *core.closest_peers(key)]
         own_key = kind in {Kind.JOIN, Kind.NEIGHBOURS}
         lookup = Lookup(
             core.me,
@@ -212,7 +211,7 @@ class Operations:
             paths=1 if own_key or kind is Kind.REFRESH else policy.disjoint_paths,
             max_queries=REFRESH_QUERIES if kind is Kind.REFRESH else policy.max_queries,
         )
-        op = Operation(self._next, ticket, kind, key, lookup, core.now)
+        op = Operation(self._next, ticket, kind, key=key, lookup=lookup, now=core.now)
         self._next += 1
         self._open[op.number] = op
         return op

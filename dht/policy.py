@@ -11,7 +11,7 @@ _MINUTE_NS = 60 * SECOND_NS
 
 @dataclass(frozen=True, slots=True)
 class DhtPolicy:
-    """How one node behaves. Nodes of one network may differ in everything but `k` (replicas are counted in it)."""
+    """How one node behaves. Nodes of a network may differ in all but `k` (replicas are counted in it)."""
 
     #: Bucket size, replicas of a record and contacts in an answer (Maymounkov and Mazieres 2002): 20 are never
     #: all gone within a republish interval.
@@ -72,6 +72,10 @@ class DhtPolicy:
     #: Refreshes right after joining (and after heavy loss) come this fast.
     join_refresh_interval_ns: int = 500 * MILLISECOND_NS
 
+    #: After a join the neighbourhood is looked up again after this time, since others may have joined at the
+    #: same time, and then at growing intervals.
+    first_self_lookup_ns: int = 4 * SECOND_NS
+
     #: The own neighbourhood is looked up this often; the k neighbours are asked, so about 2 messages a minute.
     self_lookup_interval_ns: int = 10 * _MINUTE_NS
 
@@ -115,6 +119,9 @@ class DhtPolicy:
 
     #: A round of comparing full tables with one other peer. A new node is known to all after some 14 rounds.
     full_table_interval_ns: int = 30 * SECOND_NS
+
+    #: One more ping per interval proves the members of a full table: 1000 nodes in a quarter of an hour.
+    full_table_ping_interval_ns: int = SECOND_NS
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= 64 or not 1 <= self.alpha <= 16 or not self.beta >= 1:

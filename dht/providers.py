@@ -1,8 +1,7 @@
-"""Provider records: who has what. Each is one peer's word about itself, proved by the connection it came over."""
+"""Provider records: who has what. Each is a peer's word about itself, proved by its connection."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from dht.coordinates import UNKNOWN, estimate_ns
@@ -40,13 +39,10 @@ class ProviderStore:
     def __len__(self) -> int:
         return self._count
 
-    def add(
-        self, key: int, peer: int, coordinate: int, now: Instant, ttl_ns: int, group_of: Callable[[int], int]
-    ) -> Outcome:
-        """Keep that `peer` provides `key` for another `ttl_ns`, if the bounds allow it."""
+    def add(self, key: int, peer: int, now: Instant, *, coordinate: int, ttl_ns: int, group: int) -> Outcome:
+        """Keep that `peer`, of this network group, provides `key` for another `ttl_ns`, if bounds allow it."""
         if now >= self._sweep_at:
             self.expire(now)
-        group = group_of(peer)
         of_key = self._by_key.get(key)
         if of_key is not None and peer in of_key:
             of_key[peer] = Provider(now + ttl_ns, coordinate, group)

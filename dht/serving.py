@@ -11,16 +11,21 @@ from dht.core import Core
 from dht.limits import (
     FLOOD_WINDOW_NS,
     MAX_COUNTED_PEERS,
+    MAX_PAGE_CONTACTS,
     MAX_QUERIES_PER_WINDOW,
 )
 from dht.messages import (
     AddProvider,
+    CompareTables,
+    Differences,
     FindNode,
     FindProvidersOf,
     FindRecords,
+    GetPage,
     Kept,
     Nodes,
     Outcome,
+    Page,
     Ping,
     Pong,
     Providers,
@@ -117,14 +122,41 @@ class Serving:
     def add_provider(self, peer: int, query: AddProvider) -> None:
         self._kept(peer, query.call, self.keep_provider(peer, query.key, query.coordinate))
 
+    def get_page(self, peer: int, query: GetPage) -> None:
+        core = self._core
+        vivaldi = core.vivaldi
+        head = (query.call, vivaldi.packed, vivaldi.error_parts, core.client)
+        if core.full is not None and core.full.active:
+            core.send(peer, Page(*head, *core.full.page(query.start, query.end)))
+            return
+        entries = sorted((core.keys[e.peer], e.peer, e.coordinate) for e in core.table if e.verified)
+        entries = [e for e in entries if query.start <= e[0] < query.end]
+        cut = entries[:MAX_PAGE_CONTACTS]
+        more = len(cut) < len(entries)
+        core.send(peer, Page(*head, tuple(e[1] for e in cut), tuple(e[2] for e in cut), more))
+
+    def compare(self, peer: int, query: CompareTables) -> None:
+        core = self._core
+        vivaldi = core.vivaldi
+        segments = core.full.differing(query.digests) if core.full is not None else ()
+        core.send(
+            peer,
+            Differences(query.call, vivaldi.packed, vivaldi.error_parts, core.client, segments),
+        )
+
     def _kept(self, peer: int, call: int, outcome: Outcome) -> None:
         core = self._core
         vivaldi = core.vivaldi
         core.send(peer, Kept(call, vivaldi.packed, vivaldi.error_parts, core.client, int(outcome)))
 
     def _closest(self, target: int, asker: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        table = self._core.table
-        places = table.closest(target, self._core.policy.k, told=True)
+        core = self._core
+        if core.full is not None and core.full.active:
+            members, known = core.full.closest(target, core.policy.k, told=True)
+            if len(members) == core.policy.k:
+                return tuple(members), tuple(known)
+        table = core.table
+        places = table.closest(target, core.policy.k, told=True)
         peers, coordinates = table.peers, table.coordinates
         places = [place for place in places if peers[place] != asker]
         return tuple([peers[place] for place in places]), tuple([coordinates[place] for place in places])
@@ -173,9 +205,9 @@ class Serving:
             return Outcome.NOT_CLOSE
         if self.providers is None:
             self.providers = ProviderStore()
-        return self.providers.add(
-            key, sender, coordinate, core.now, core.policy.provider_ttl_ns, core.directory.group_of
-        )
+        group = core.directory.group_of(sender)
+        ttl_ns = core.policy.provider_ttl_ns
+        return self.providers.add(key, sender, core.now, coordinate=coordinate, ttl_ns=ttl_ns, group=group)
 
     def forget_provider(self, key: int, peer: int) -> None:
         if self.providers is not None:

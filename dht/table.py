@@ -59,7 +59,7 @@ class Failure(IntEnum):
 
 
 class Entry(NamedTuple):
-    """One routing entry, for readers. `rtt_ns`: 0 if never measured. `heard`: when it was last heard or asked."""
+    """An entry, for readers. `rtt_ns`: 0 if never measured. `heard`: when it was last heard or asked."""
 
     peer: int
     rtt_ns: int
@@ -220,7 +220,7 @@ class RoutingTable:
         place = self._place_for(peer, rtt_us, coordinate, own)
         if place < 0:
             return False
-        self._insert(place, peer, tick, rtt_us, coordinate, VERIFIED)
+        self._insert(place, peer, tick, rtt_us=rtt_us, coordinate=coordinate, flags=VERIFIED)
         return True
 
     def _refresh(self, place: int, tick: int, rtt_us: int, coordinate: int) -> None:
@@ -316,9 +316,9 @@ class RoutingTable:
 
     # --- heard of, not proved -------------------------------------------------------------------------
 
-    def heard_of(self, peer: int, tick: int, coordinate: int, own: int, *, self_said: bool) -> None:
+    def heard_of(self, peer: int, tick: int, coordinate: int, own: int, *, self_said: bool) -> bool:
         """The peer was named in an answer, or (`self_said`) asked us something. It takes a free place,
-        unverified, or becomes a candidate.
+        unverified (True), or becomes a candidate.
         """
         key = self._keys[peer]
         starts = self.starts
@@ -326,7 +326,7 @@ class RoutingTable:
         last = len(starts) - 2
         if bucket > last:
             if bucket >= KEY_BITS:
-                return
+                return False
             bucket = last
         start, end = starts[bucket], starts[bucket + 1]
         if peer in self.peers[start:end]:
@@ -336,13 +336,15 @@ class RoutingTable:
                     self.coordinates[place] = coordinate
                 if self.flags[place] & 3 == VERIFIED:
                     self.checked[place] = tick
-            return
+            return False
         if end - start < self._policy.k:
             group = self._group(peer)
-            if self._group_allowed(group, start, end):
-                self._insert(end, peer, tick, _NEVER_US, coordinate, 0)
-            return
+            if not self._group_allowed(group, start, end):
+                return False
+            self._insert(end, peer, tick, rtt_us=_NEVER_US, coordinate=coordinate, flags=0)
+            return True
         self._offer(bucket, peer, coordinate, own, self_said)
+        return False
 
     def _offer(self, bucket: int, peer: int, coordinate: int, own: int, self_said: bool) -> None:  # noqa: FBT001
         """A full bucket hears of one more."""
@@ -473,7 +475,7 @@ class RoutingTable:
             return False
         return self.groups.count(group) < policy.max_group_per_table
 
-    def _insert(self, place: int, peer: int, tick: int, rtt_us: int, coordinate: int, flags: int) -> None:
+    def _insert(self, place: int, peer: int, tick: int, *, rtt_us: int, coordinate: int, flags: int) -> None:
         starts = self.starts
         self.peers.insert(place, peer)
         self.coordinates.insert(place, coordinate)
@@ -494,7 +496,7 @@ class RoutingTable:
             starts[later] -= 1
 
     def _split(self) -> None:
-        """Part the last bucket: peers that differ from us at its bit stay, the others move to a new last one."""
+        """Part the last bucket: who differs from us at its bit stays, the others move to a new one."""
         starts = self.starts
         last = len(starts) - 2
         start = starts[last]

@@ -18,12 +18,15 @@ from dht.table import ASKED, TICK_BITS, Failure
 from protocol.instants import Instant
 
 #: After an answer the ping interval grows by this fraction (one in ...), after a failure it falls to a quarter:
-#: they balance where 4 % of pings fail.
+#: they balance where 3 % of pings fail.
 _GROWTH = 16
-_FALL = 4
+_FALL = 8
 
 #: Pings open at once because of retries and replacements (those of the interval come on top).
 _MAX_EXTRA_PINGS = 32
+
+#: Looks at the own neighbourhood come this many times later, each time that the last changed nothing.
+_LOOK_GROWTH = 4
 
 #: The second ping to an entry waits this many times as long.
 _SECOND_PATIENCE = 2
@@ -36,6 +39,8 @@ class Upkeep:
         "_bucket",
         "_core",
         "_interval",
+        "_look_interval",
+        "_neighbours",
         "_next_look",
         "_next_ping",
         "_next_refresh",
@@ -53,6 +58,8 @@ class Upkeep:
         self._next_ping = 0
         self._next_refresh = 0
         self._next_look = 0
+        self._look_interval = 0
+        self._neighbours = 0
         self._bucket = 0
         self._urgent = 0
         self._thirds = 0
@@ -76,8 +83,9 @@ class Upkeep:
         self._next_ping = now + dice.below(self._interval)
         refresh = policy.join_refresh_interval_ns if joined else policy.refresh_interval_ns
         self._next_refresh = now + dice.below(refresh)
-        look = policy.self_lookup_interval_ns
-        self._next_look = now + look // 2 + dice.below(look // 2)
+        look = policy.first_self_lookup_ns if joined else policy.self_lookup_interval_ns
+        self._look_interval = look
+        self._next_look = now + look // 2 + dice.below(look)
 
     def next_due(self) -> int | None:
         if not self.running:
@@ -95,9 +103,26 @@ class Upkeep:
         if self._next_refresh <= now:
             self._refresh_one(now)
         if self._next_look <= now:
-            look = self._core.policy.self_lookup_interval_ns
-            self._next_look = now + look - look // 10 + self._core.dice.below(look // 5)
-            self._operations.look_around()
+            self._look_around(now)
+
+    def _look_around(self, now: Instant) -> None:
+        """Look up our own key; soon again while that still changes who our neighbours are."""
+        core = self._core
+        table = core.table
+        fingerprint = 0
+        for place in table.closest(core.keys[core.me], core.policy.k):
+            fingerprint ^= core.keys[table.peers[place]] & 0xFFFF_FFFF
+        if fingerprint == self._neighbours:
+            longest = core.policy.self_lookup_interval_ns
+            self._look_interval = min(self._look_interval * _LOOK_GROWTH, longest)
+        self._neighbours = fingerprint
+        look = self._look_interval
+        self._next_look = now + look - look // 10 + core.dice.below(look // 5 + 1)
+        self._operations.look_around()
+
+    def met(self, peer: int) -> None:
+        """A peer that asked us something took a free place: if it proves itself, others may hear of it."""
+        self._extra_ping(peer, 1)
 
     # --- pings ----------------------------------------------------------------------------------------
 
@@ -132,6 +157,8 @@ class Upkeep:
         """A query or ping to the peer was not answered, or its connection broke."""
         table = self._core.table
         failure, bucket = table.failed(peer)
+        if self._core.full is not None and failure is not Failure.SUSPECTED:
+            self._core.full.gone(peer)
         if failure in {Failure.SUSPECTED, Failure.LOST}:
             self._hurry(now)
         if failure is Failure.SUSPECTED:
