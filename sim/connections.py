@@ -103,6 +103,13 @@ class Connections:
         """Peers that the node has a connection with, the one idle longest first."""
         return tuple(self._kept[node])
 
+    def used_at(self, node: int, peer: int) -> int | None:
+        """When the latest message between them arrives or arrived; None if no connection of theirs is up."""
+        link = self._kept[node].get(peer)
+        if link is None or link.dead or self._world.now < link.ready or not self._world.can_reach(node, peer):
+            return None
+        return max(link.ready, link.last_to_a, link.last_to_b)
+
     # --- sending ----------------------------------------------------------------------------------
 
     def arrival(self, now: int, port: Port, peer: int, depart: int) -> int | None:

@@ -1,0 +1,131 @@
+"""Which charts a study's records make. A chart is made where its data is; the report draws all there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+from sim import svg
+from sim.record import Recorder
+
+
+class Chart(NamedTuple):
+    title: str
+    caption: str
+    picture: str
+
+
+class _Cdf(NamedTuple):
+    """A distribution of a table's column."""
+
+    title: str
+    table: str
+    column: str
+    unit: str
+    caption: str
+    log: bool = False
+
+
+class _Bars(NamedTuple):
+    """Metrics side by side, one group each, one bar per variant."""
+
+    title: str
+    unit: str
+    metrics: tuple[tuple[str, str], ...]
+    caption: str
+
+
+class _Lines(NamedTuple):
+    """Series over time; names that begin with `series` are drawn together."""
+
+    title: str
+    series: str
+    unit: str
+    caption: str
+
+
+Spec = _Cdf | _Bars | _Lines
+
+CHARTS: Final[tuple[Spec, ...]] = (
+    _Cdf("Lookup latency", "lookups", "latency_ms", "ms", "Share of lookups that ended within this time."),
+    _Bars(
+        "Lookup latency by percentile",
+        "ms",
+        (("p50", "lookup latency p50"), ("p90", "lookup latency p90"), ("p99", "lookup latency p99")),
+        "Nearest rank.",
+    ),
+    _Cdf("Hops", "lookups", "hops", "hops", "The longest chain of referrals that led to a result."),
+    _Cdf("Queries per lookup", "lookups", "queries", "queries", "Asked peers per lookup, failures included."),
+    _Lines(
+        "Lookup latency over time",
+        "lookup p50 over time (ms)",
+        "ms, median of the slice",
+        "Lookups that ended in each slice of time.",
+    ),
+    _Lines(
+        "Table health", "dead table entries (%)", "% of entries", "Entries that point to nodes that are down."
+    ),
+    _Lines("Table size", "table entries per node", "entries", "Mean over a sample of nodes."),
+    _Lines("Nodes up", "nodes up", "nodes", "Who is there to be found."),
+    _Lines("Attackers in tables", "attackers in tables (%)", "% of entries", "In tables of nodes that are up."),
+    _Cdf(
+        "Messages received per node",
+        "nodes",
+        "received",
+        "messages",
+        "Over the whole run. A long tail is an uneven load.",
+        log=True,
+    ),
+    _Cdf("Joining", "joins", "took_ms", "ms", "From the order to join to the table standing."),
+)
+
+
+def draw(recorders: Sequence[Recorder]) -> list[Chart]:
+    """All charts that the records have data for, in order."""
+    makers: dict[type, Callable[..., str | None]] = {_Cdf: _cdf, _Bars: _bars, _Lines: _lines}
+    charts: list[Chart] = []
+    for spec in CHARTS:
+        picture = makers[type(spec)](spec, recorders)
+        if picture is not None:
+            charts.append(Chart(spec.title, spec.caption, picture))
+    return charts
+
+
+def _cdf(spec: _Cdf, recorders: Sequence[Recorder]) -> str | None:
+    curves: list[svg.Curve] = []
+    for recorder in recorders:
+        table = recorder.tables.get(spec.table)
+        values = table.numbers(spec.column) if table is not None else []
+        if values:
+            curves.append(svg.Curve(recorder.variant, svg.distribution(values)))
+    if not curves:
+        return None
+    low = None if spec.log else 0.0
+    x = svg.Axis(f"{spec.title.lower()} ({spec.unit})", low=low, log=spec.log)
+    return svg.lines(x, svg.Axis("share (%)", 0.0, 100.0), curves, steps=True)
+
+
+def _bars(spec: _Bars, recorders: Sequence[Recorder]) -> str | None:
+    rows: list[tuple[str, list[float]]] = []
+    for recorder in recorders:
+        found = [recorder.metrics.get(metric) for _, metric in spec.metrics]
+        rows.append((recorder.variant, [math.nan if m is None else m.value for m in found]))
+    if all(math.isnan(value) for _, values in rows for value in values):
+        return None
+    return svg.bars(svg.Axis(spec.unit), [label for label, _ in spec.metrics], rows)
+
+
+def _lines(spec: _Lines, recorders: Sequence[Recorder]) -> str | None:
+    curves: list[svg.Curve] = []
+    for recorder in recorders:
+        for name, points in recorder.series.items():
+            if name.startswith(spec.series) and len(points) > 1:
+                rest = name.removeprefix(spec.series).strip(" :")
+                label = f"{recorder.variant}, {rest}" if rest else recorder.variant
+                curves.append(svg.Curve(label, points))
+    if not curves:
+        return None
+    return svg.lines(
+        svg.Axis("time since the measuring began (s)", low=0.0), svg.Axis(spec.unit, low=0.0), curves
+    )

@@ -1,0 +1,184 @@
+"""What a scenario file may say. Every field has a default and its unit in its name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+#: A scenario of more nodes fits no machine that there is (docs/simulator.md has the bytes per node).
+MAX_NODES = 10_000_000
+
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e8)]
+Milliseconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e7)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Rate: TypeAlias = Annotated[float, Meta(ge=0, le=1e6)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every section."""
+
+
+class WorldSettings(Section, frozen=True, kw_only=True):
+    """`duration_s`: how long is measured, after the network stands. `codec`: send every message through its
+    wire format. `events`: write every event to events.csv.gz. `slices`: how often series are sampled.
+    """
+
+    nodes: Annotated[int, Meta(ge=2, le=MAX_NODES)] = 1000
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 1
+    duration_s: Seconds = 300.0
+    codec: bool = False
+    events: bool = False
+    slices: Annotated[int, Meta(ge=1, le=10_000)] = 60
+
+
+class LinkSettings(Section, frozen=True, kw_only=True):
+    """`cities`: synthetic geography; `uniform`: `one_way_ms` between any two; `matrix`: round trips in ms from
+    `file` (CSV or NPZ, beside the scenario). Bandwidths and service times of 0 are unlimited.
+    """
+
+    model: Literal["cities", "uniform", "matrix"] = "cities"
+    one_way_ms: Milliseconds = 50.0
+    file: str = ""
+    inflation: tuple[float, float] = (1.3, 2.3)
+    access: bool = True
+    loss: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    jitter_ms: Milliseconds = 0.0
+    up_mbps: Rate = 0.0
+    down_mbps: Rate = 0.0
+    service_us: Rate = 0.0
+
+
+class ConnectionSettings(Section, frozen=True, kw_only=True):
+    """`kept`: connections per node; 0 sends datagrams. Shares of nodes behind NAT, and of those nobody can
+    dial, need connections.
+    """
+
+    kept: Annotated[int, Meta(ge=0, le=100_000)] = 0
+    setup_rtts: Annotated[int, Meta(ge=0, le=100)] = 4
+    dial_timeout_s: Seconds = 5.0
+    heartbeat_timeout_s: Seconds = 4.0
+    punch_share: Share = 0.7
+    nat_share: Share = 0.0
+    unreachable_share: Share = 0.0
+
+
+class ChurnSettings(Section, frozen=True, kw_only=True):
+    """Nodes leave and come back. `session_s`, `downtime_s`: means. `weibull`: sessions with this `shape` (below
+    1: long tail). `diurnal`: each node is up around its site's evening; `session_s` is the length of its day.
+    `trace`: CSV lines `time_s,node,up|down`. `share`: nodes that take part. `silent`: they vanish without
+    closing connections.
+    """
+
+    model: Literal["none", "exponential", "weibull", "diurnal", "trace"] = "none"
+    session_s: Annotated[float, Meta(gt=0, le=1e8)] = 3600.0
+    downtime_s: Annotated[float, Meta(gt=0, le=1e8)] = 1800.0
+    shape: Annotated[float, Meta(gt=0.05, le=20)] = 0.6
+    day_s: Annotated[float, Meta(gt=0, le=1e8)] = 86_400.0
+    file: str = ""
+    share: Share = 1.0
+    silent: bool = True
+
+
+class ArrivalSettings(Section, frozen=True, kw_only=True):
+    """When things are asked for. `poisson` and `regular`: `per_s`. `bursts`: `burst_size` at once, every
+    `burst_every_s` on average. `trace`: CSV lines `time_s,model,prompt_tokens,output_tokens` as a gateway logs
+    them. `zipf`: how popular the n-th Cargo (or key) is, 1 / n**zipf; 0: all alike.
+    """
+
+    process: Literal["poisson", "regular", "bursts", "trace"] = "poisson"
+    per_s: Rate = 5.0
+    burst_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 20
+    burst_every_s: Annotated[float, Meta(gt=0, le=1e8)] = 10.0
+    file: str = ""
+    zipf: Annotated[float, Meta(ge=0, le=5)] = 0.9
+
+
+class DhtSettings(Section, frozen=True, kw_only=True):
+    """`bootstrap`: `join` really joins all nodes, one every `join_every_ms` on average (all at once: 0), by
+    `seeds` nodes that are in already; `built` gives every node the table that a network at rest would have
+    given it, and says so. `settle_s`: quiet time before measuring. `policy`: any field of dht.policy.DhtPolicy.
+    `keys`: different targets of lookups, 0: each its own. `lookup`: find the closest peers, or providers of a
+    Cargo that `providers` nodes provide. `hosts_per_group`: nodes of one network (/16) on average, 0: groups
+    are not known.
+    """
+
+    bootstrap: Literal["join", "built"] = "join"
+    join_every_ms: Milliseconds = 50.0
+    seeds: Annotated[int, Meta(ge=1, le=20)] = 3
+    settle_s: Seconds = 60.0
+    policy: dict[str, int | bool] = {}
+    lookup: Literal["closest", "providers"] = "closest"
+    keys: Count = 0
+    providers: Annotated[int, Meta(ge=1, le=1000)] = 20
+    hosts_per_group: Count = 0
+    health_sample: Annotated[int, Meta(ge=1, le=100_000)] = 300
+
+
+class CutSettings(Section, frozen=True, kw_only=True):
+    """A partition: `shares` of the nodes become groups of their own (the rest is one more) from `at_s` until
+    `heal_s`.
+    """
+
+    at_s: Seconds
+    heal_s: Seconds
+    shares: tuple[Share, ...] = (0.5,)
+
+
+class KillSettings(Section, frozen=True, kw_only=True):
+    """A share of the nodes dies at once and does not come back."""
+
+    at_s: Seconds
+    share: Share = 0.3
+    silent: bool = True
+
+
+class StormSettings(Section, frozen=True, kw_only=True):
+    """So many new nodes join, spread over `within_s`."""
+
+    at_s: Seconds
+    nodes: Count = 100
+    within_s: Seconds = 1.0
+
+
+class AttackSettings(Section, frozen=True, kw_only=True):
+    """Attackers in the DHT. Behaviours combine: list several attacks, each with its own share of the nodes.
+
+    `eclipse`: keys chosen close to a victim's target, answering with accomplices only. `sybil`: many keys from
+    few network groups. `free-rider`: asks, never answers. `slow-loris`: answers after `delay_ms`. `liar`: names
+    peers that do not exist any more.
+    """
+
+    kind: Literal["sybil", "eclipse", "free-rider", "slow-loris", "liar"]
+    share: Share = 0.1
+    delay_ms: Milliseconds = 900.0
+    groups: Annotated[int, Meta(ge=1, le=100_000)] = 4
+    victims: Annotated[int, Meta(ge=1, le=10_000)] = 1
+
+
+class VariantSettings(Section, frozen=True, kw_only=True):
+    """The same scenario with some settings changed: `set` maps dotted names to values."""
+
+    name: str
+    set: dict[str, object] = {}
+
+
+class ScenarioSettings(Section, frozen=True, kw_only=True):
+    """A scenario file."""
+
+    title: str
+    summary: str = ""
+    study: Literal["dht"] = "dht"
+    world: WorldSettings = WorldSettings()
+    links: LinkSettings = LinkSettings()
+    connections: ConnectionSettings = ConnectionSettings()
+    churn: ChurnSettings = ChurnSettings()
+    arrivals: ArrivalSettings = ArrivalSettings()
+    dht: DhtSettings = DhtSettings()
+    partition: tuple[CutSettings, ...] = ()
+    kill: tuple[KillSettings, ...] = ()
+    storm: tuple[StormSettings, ...] = ()
+    attack: tuple[AttackSettings, ...] = ()
+    variant: tuple[VariantSettings, ...] = ()

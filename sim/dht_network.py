@@ -1,0 +1,260 @@
+"""A network of DHT nodes in a world: keys, groups, joining, tables as at rest, the wire format, and the truth
+to compare with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import struct
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol, TypeAlias, cast
+
+from dht.coordinates import UNKNOWN
+from dht.core import Core
+from dht.directory import Keys
+from dht.keys import KEY_BITS, key_of_peer
+from dht.machine import DhtMachine
+from dht.messages import DhtMessage, Nodes, Providers, Records
+from dht.policy import DhtPolicy
+from protocol.ids import PeerId, peer_id_of
+from sim.config import DhtSettings
+from sim.draws import Draws, Stream, machine_stream
+from sim.settings import ScenarioError
+from sim.world import AnyMachine, World
+
+DHT: Final = "dht"
+
+#: Service number of the DHT in `machine_stream`.
+DHT_SERVICE: Final = 0
+
+#: Size of a message without lists, and per contact in it, bytes: means of the wire format (tests compare).
+BASE_BYTES: Final = 100
+CONTACT_BYTES: Final = 96
+
+#: Rounds of Vivaldi between random pairs that tables "at rest" begin with. Its error stops falling after some
+#: 30.
+REST_ROUNDS: Final = 32
+
+#: Candidates per place that a table at rest has chosen among, by RTT: `build_tables` takes the nearest k of so
+#: many times k. Networks that really joined and lived for ten minutes come to the same mean RTT of entries
+#: (docs/simulator.md).
+REST_POOL: Final = 4
+
+_PLACE: Final = struct.Struct("<QQ")
+
+
+class Behaviour(Protocol):
+    """A machine around a machine: what an attacker does differently."""
+
+    inner: AnyMachine
+
+
+Wrap: TypeAlias = Callable[[int, AnyMachine], AnyMachine]
+
+
+class SimDirectory:
+    """Keys and network groups by node number."""
+
+    def __init__(self) -> None:
+        self._keys: list[int] = []
+        self.groups: list[int] = []
+
+    @property
+    def keys(self) -> Keys:
+        return self._keys
+
+    def group_of(self, peer: int) -> int:
+        return self.groups[peer]
+
+    def add(self, key: int, group: int) -> None:
+        self._keys.append(key)
+        self.groups.append(group)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class DhtNetwork:
+    """Adds nodes with a DHT machine to a world, and knows who is in."""
+
+    def __init__(self, world: World, settings: DhtSettings, *, codec: bool = False) -> None:
+        self.world = world
+        self.settings = settings
+        self.directory = SimDirectory()
+        self.policy = policy_of(settings)
+        #: Keys of the nodes that serve (up, joined or about to, no clients), sorted, each with its node.
+        self.serving: list[tuple[int, int]] = []
+        self.clients: set[int] = set()
+        self.wrap: Wrap | None = None
+        self._coordinates: dict[int, int] = {}
+        self._groups = Draws(world.seed, Stream.ISLANDS)
+        world.service(DHT, size_of=estimated_size)
+        if codec:
+            from sim.dht_codec import DhtCodec  # noqa: PLC0415 - only this mode pays for it
+
+            world.service(DHT, round_trip=DhtCodec(self).round_trip)
+
+    # --- nodes ------------------------------------------------------------------------------------
+
+    def add(self, node: int, *, client: bool = False, key: int | None = None, group: int | None = None) -> None:
+        """Give a node of the world a key and a machine. Nodes must come in order of their numbers."""
+        if node != len(self.directory):
+            raise ValueError(f"node {len(self.directory)} comes next, not {node}")
+        hosts = self.settings.hosts_per_group
+        if group is None:
+            group = 1 + self._groups.below(max(1, self.world.nodes // hosts)) if hosts else 0
+        self.directory.add(key_of_peer(self.peer_id(node)) if key is None else key, group)
+        if client:
+            self.clients.add(node)
+        self.install(node)
+
+    def install(self, node: int) -> DhtMachine:
+        """A new machine for a node (its first, or after it came back)."""
+        world = self.world
+        dice = Draws(world.seed, machine_stream(node, DHT_SERVICE), world.now)
+        client = node in self.clients
+        offset = world.unix_start_ns
+        machine = DhtMachine(node, self.directory, dice, self.policy, unix_offset_ns=offset, client=client)
+        world.install(node, DHT, machine if self.wrap is None else self.wrap(node, machine))
+        if not client:
+            insort(self.serving, (self.directory.keys[node], node))
+        return machine
+
+    def left(self, node: int) -> None:
+        """The node is down (or out): it is no longer among those to be found."""
+        item = (self.directory.keys[node], node)
+        at = bisect_left(self.serving, item)
+        if at < len(self.serving) and self.serving[at] == item:
+            del self.serving[at]
+
+    def machine(self, node: int) -> DhtMachine | None:
+        """The node's machine, without the behaviours around it."""
+        machine = self.world.machine(node, DHT)
+        while machine is not None and not isinstance(machine, DhtMachine):
+            machine = cast("Behaviour", machine).inner
+        return machine
+
+    def closest(self, target: int, count: int) -> list[int]:
+        """The truth: the `count` serving nodes closest to the target, closest first."""
+        serving = self.serving
+        bits = max(0, len(serving).bit_length() - count.bit_length() + 2)
+        while True:
+            shift = KEY_BITS - bits
+            low = target >> shift << shift
+            start = bisect_left(serving, (low, -1))
+            end = bisect_left(serving, (low + (1 << shift), -1))
+            if end - start >= count or bits == 0:
+                break
+            bits -= 1
+        near = sorted((key ^ target, node) for key, node in serving[start:end])
+        return [node for _, node in near[:count]]
+
+    def peer_id(self, node: int) -> PeerId:
+        """A real peer id; nobody knows its private key."""
+        place = _PLACE.pack(self.world.seed, node)
+        return peer_id_of(hashlib.blake2b(place, digest_size=32, person=b"archipelag-sim").digest())
+
+    # --- tables at rest ---------------------------------------------------------------------------
+
+    def build_tables(self, progress: Callable[[float], None] | None = None) -> None:
+        """Give every node the table and the coordinate that a network at rest would have given it.
+
+        Coordinates: real Vivaldi machines, REST_ROUNDS rounds between random pairs. Tables: of each bucket's
+        key range k nodes, drawn; in an RTT-aware network the nearest of REST_POOL times k drawn ones; all of
+        them verified. The own neighbourhood is complete. No message is sent for this, so no cost of joining can
+        be read from it.
+        """
+        dice = Draws(self.world.seed, Stream.BOOTSTRAP)
+        nodes = [node for _, node in self.serving]
+        self._place_coordinates(nodes, dice)
+        order = [*nodes, *sorted(self.clients)]
+        for done, node in enumerate(order):
+            self._fill(node, dice)
+            if progress is not None and done % 256 == 0:
+                progress(done / len(order))
+
+    def _place_coordinates(self, nodes: Sequence[int], dice: Draws) -> None:
+        world = self.world
+        machines = {node: self.machine(node) for node in nodes}
+        placed = {node: _core_of(machine).vivaldi for node, machine in machines.items() if machine is not None}
+        for _ in range(REST_ROUNDS):
+            for node in nodes:
+                other = nodes[dice.below(len(nodes))]
+                if other != node:
+                    there = placed[other]
+                    placed[node].sample(there.packed, there.error_parts, world.rtt_ns(node, other), dice)
+        self._coordinates = {node: vivaldi.packed for node, vivaldi in placed.items()}
+
+    def _fill(self, node: int, dice: Draws) -> None:
+        machine = self.machine(node)
+        if machine is None:
+            return
+        core = _core_of(machine)
+        own, key, k = core.vivaldi.packed, self.directory.keys[node], self.policy.k
+        start, end = 0, len(self.serving)
+        for bucket in range(KEY_BITS):
+            shift = KEY_BITS - 1 - bucket
+            low = (key >> shift ^ 1) << shift
+            left = bisect_left(self.serving, (low, -1), start, end)
+            right = bisect_left(self.serving, (low + (1 << shift), -1), start, end)
+            for peer in self._chosen(node, left, right, k, dice):
+                rtt_us = max(1, self.world.rtt_ns(node, peer) // 1000)
+                there = self._coordinates.get(peer, UNKNOWN)
+                core.table.answered(peer, 0, rtt_us, there, own)
+            # What is left shares the bucket's bits and the next one with us.
+            start, end = (right, end) if key >> shift & 1 else (start, left)
+            if end - start <= 1:
+                return
+
+    def _chosen(self, node: int, left: int, right: int, k: int, dice: Draws) -> list[int]:
+        serving = self.serving
+        if right - left <= k:
+            return [peer for _, peer in serving[left:right]]
+        wanted = min(right - left, k * REST_POOL if self.policy.rtt_aware else k)
+        if wanted == right - left:
+            drawn = [peer for _, peer in serving[left:right]]
+        else:
+            places: dict[int, None] = {}
+            while len(places) < wanted:
+                places[left + dice.below(right - left)] = None
+            drawn = [serving[place][1] for place in places]
+        if self.policy.rtt_aware:
+            rtt = self.world.rtt_ns
+            seniors, rest = drawn[: self.policy.senior_entries], drawn[self.policy.senior_entries :]
+            rest.sort(key=lambda peer: (rtt(node, peer), peer))
+            drawn = [*seniors, *rest][:k]
+        return drawn
+
+
+def estimated_size(message: DhtMessage) -> int:
+    """About what the wire format takes, without encoding."""
+    if isinstance(message, Nodes | Records):
+        return BASE_BYTES + CONTACT_BYTES * len(message.contacts)
+    if isinstance(message, Providers):
+        return BASE_BYTES + CONTACT_BYTES * (len(message.contacts) + len(message.providers))
+    return BASE_BYTES
+
+
+def policy_of(settings: DhtSettings) -> DhtPolicy:
+    """The policy with the scenario's changes. Raises ScenarioError."""
+    known = {field.name: field for field in dataclasses.fields(DhtPolicy)}
+    for name, value in settings.policy.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+            raise ScenarioError(f"dht.policy has no {name!r}; {hint}")
+        if isinstance(value, bool) != isinstance(known[name].default, bool):
+            kind = "true or false" if isinstance(known[name].default, bool) else "a whole number"
+            raise ScenarioError(f"dht.policy.{name} must be {kind}")
+    try:
+        return dataclasses.replace(DhtPolicy(), **settings.policy)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ScenarioError(f"dht.policy: {error}") from error
+
+
+def _core_of(machine: DhtMachine) -> Core:
+    """The inside of a node, for tables at rest: they are built, not told."""
+    return machine._core  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
