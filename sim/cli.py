@@ -224,9 +224,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         if line.variant != variant:
             variant = line.variant
             print(f"{variant}\n  {'':<{wide}}  {'A':>12}  {'B':>12}  {'B / A':>7}")
-        print(
-            f"  {line.metric:<{wide}}  {_figure(line.a):>12}  {_figure(line.b):>12}  {_verdict(line)}  {line.unit}"
-        )
+        figures = f"{_figure(line.a):>12}  {_figure(line.b):>12}  {_verdict(line)}"
+        print(f"  {line.metric:<{wide}}  {figures}  {line.unit}")
     return 0
 
 

@@ -89,6 +89,8 @@ def with_changes(tree: Tree, changes: Mapping[str, object]) -> Tree:
         for section in sections:
             if isinstance(at, list):
                 at = _element(cast("list[Any]", at), section, name)
+            elif section.isdigit():
+                raise ScenarioError(f"{name!r}: there is no list of which {section} could be an element")
             else:
                 at = cast("Tree", at).setdefault(section, {})
             if not isinstance(at, dict | list):

@@ -97,7 +97,7 @@ class DhtStudy:
             for node in range(nodes):
                 self._enter(node)
             self.record.note(
-                "Tables were built as those of a network at rest; nobody joined: joining cost nothing."
+                "The first nodes did not join: their tables were built as those of a network at rest."
             )
         else:
             every_ns = dht.join_every_ms * MILLISECOND_NS
@@ -312,7 +312,7 @@ class DhtStudy:
         dead = [value for _, value in record.series.get("dead table entries (%)", [])]
         record.measure("dead table entries", mean(dead), "% mean", "lower")
         record.measure("dead table entries at the end", dead[-1] if dead else 0.0, "%", "lower")
-        if self.settings.dht.bootstrap == "join":
+        if self.joins.rows:
             record.measure_spread("join", self.joins.numbers("took_ms"), "ms")
             lonely = sum(contacts == 0 for contacts in self.joins.numbers("contacts"))
             record.measure("joins without contact", float(lonely), "joins", "lower")
