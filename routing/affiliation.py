@@ -46,11 +46,13 @@ class AffiliationPolicy:
     count: int = 2
     alive_ns: int = 2 * SECOND_NS
     """Between two signs of life."""
-    retry_ns: int = 1 * SECOND_NS
+    retry_ns: int = 500 * MILLISECOND_NS
     """What is not acknowledged by then is repeated."""
     dead_after_ns: int = 5 * SECOND_NS
-    """Silence until a coordinator is given up: five tries. With the next one's first answer it makes less
+    """Silence until a coordinator is given up: seven tries. With the next one's first answer it makes less
     than ten seconds without any, even if all coordinators that an Island has die at once."""
+    answer_ns: int = 3 * SECOND_NS
+    """Until a new one's first answer: what is listed may be long dead."""
     coalesce_ns: int = 50 * MILLISECOND_NS
     """Changes that come close together share one advert..."""
     advert_gap_ns: int = 200 * MILLISECOND_NS
@@ -266,10 +268,10 @@ class Affiliation(Generic[P]):
         if tie is None:
             return
         match message:
-            case AdvertTaken(call, sequence) if call == tie.call:
+            case AdvertTaken(call, sequence) if 0 < call <= tie.call:
                 self._taken(now, peer, tie, sequence)
-            case Declined(call, code, retry_ms) if call == tie.call:
-                tie.heard, tie.call, tie.putting = now, 0, False
+            case Declined(call, code, retry_ms) if 0 < call <= tie.call:
+                tie.heard, tie.putting = now, False
                 if code == "too-fast":
                     wait_ns = max(retry_ms * MILLISECOND_NS, self._policy.advert_gap_ns)
                     self._agenda.set(("ask", peer), after(now, min(wait_ns, self._policy.alive_ns)))
@@ -279,7 +281,7 @@ class Affiliation(Generic[P]):
                 pass  # late, or not for us
 
     def _taken(self, now: Instant, peer: P, tie: _Tie[P], sequence: int) -> None:
-        tie.heard, tie.call, tie.putting, tie.taken = now, 0, False, sequence
+        tie.heard, tie.putting, tie.taken = now, False, sequence
         if sequence > self._sequence:
             if sequence > now + self._unix_offset_ns + MAX_AHEAD_NS:
                 self._part(now, peer, "claims a number that we never gave")
@@ -328,7 +330,8 @@ class Affiliation(Generic[P]):
             self._send(peer, AdvertPut(tie.call, self._envelope))
 
     def _ask_again(self, now: Instant, peer: P, tie: _Tie[P]) -> None:
-        if now - tie.heard >= self._policy.dead_after_ns:
+        patience_ns = self._policy.dead_after_ns if tie.affiliated else self._policy.answer_ns
+        if now - tie.heard >= patience_ns:
             self._part(now, peer, "silent", disconnect=True)
         else:
             self._ask(now, peer, tie)
@@ -343,9 +346,7 @@ class Affiliation(Generic[P]):
                 break
             self._begin(now, peer)
         for peer in self.candidates.usable(now):
-            if not self.candidates.pinned(peer):
-                break
-            if peer not in self._ties:
+            if self.candidates.pinned(peer) and peer not in self._ties:
                 self._begin(now, peer)
         if len(self._ties) < self._policy.count:
             if (_SEARCH, None) not in self._agenda:

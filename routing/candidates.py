@@ -28,6 +28,8 @@ class CandidatePolicy:
     backoff_first_ns: int = 2 * SECOND_NS
     backoff_max_ns: int = 300 * SECOND_NS
     """Doubled at each failure in a row, up to this, plus up to a half by chance."""
+    forgive_ns: int = 120 * SECOND_NS
+    """One that failed in this time comes after all that did not."""
     search_first_ns: int = 1 * SECOND_NS
     search_max_ns: int = 60 * SECOND_NS
     """While there are too few, it is asked for more at growing distances..."""
@@ -57,6 +59,7 @@ class _Known:
     number: int
     failures: int = 0
     not_before: Instant = _NEVER
+    failed: Instant = _NEVER
 
 
 class CandidateBook(Generic[P]):
@@ -112,6 +115,7 @@ class CandidateBook(Generic[P]):
             return
         wait_ns = min(self._policy.backoff_first_ns << min(known.failures, 20), self._policy.backoff_max_ns)
         known.failures += 1
+        known.failed = now
         known.not_before = after(now, max(least_ns, wait_ns) + self._dice.below(wait_ns // 2 + 1))
 
     def worked(self, peer: P) -> None:
@@ -120,14 +124,22 @@ class CandidateBook(Generic[P]):
             known.failures, known.not_before = 0, _NEVER
 
     def usable(self, now: Instant) -> list[P]:
-        """Those that did not fail lately: pinned ones first, then the nearest."""
+        """Those that are not to be left alone: first such that did not fail lately, of these pinned ones
+        first, then the nearest.
+        """
         rows = [
-            (not known.pinned, known.rtt_ns, known.number, peer)
+            (
+                known.failures > 0 and now - known.failed < self._policy.forgive_ns,
+                not known.pinned,
+                known.rtt_ns,
+                known.number,
+                peer,
+            )
             for peer, known in self._known.items()
             if known.not_before <= now
         ]
-        rows.sort(key=lambda row: row[:3])
-        return [row[3] for row in rows]
+        rows.sort(key=lambda row: row[:4])
+        return [row[4] for row in rows]
 
     def pick(self, now: Instant, using: Collection[P]) -> P | None:
         """The next to turn to: not in a network that is in use already, unless there is no other."""

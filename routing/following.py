@@ -218,7 +218,7 @@ class Follower(Generic[P]):
                 self._pushed(now, peer, link.cargos[message.cargo], message)
             case Following(call, cargo) if link is not None:
                 sub = link.cargos.get(cargo)
-                if sub is not None and sub.call == call:
+                if sub is not None and 0 < call <= sub.call:
                     self._heard(now, peer, link)
                     if not sub.served:
                         sub.served = True
@@ -243,7 +243,8 @@ class Follower(Generic[P]):
 
     def _probe(self, now: Instant, peer: P, link: _Link) -> None:
         """Renew the subscription that was renewed longest ago; those not accepted yet come first."""
-        if now - link.heard >= self._policy.dead_after_ns:
+        served = any(sub.served for sub in link.cargos.values())
+        if now - link.heard >= (self._policy.dead_after_ns if served else self._policy.answer_ns):
             self._out.append(Disconnect(peer, "silent"))
             self._drop_link(now, peer, "silent")
             return

@@ -10,7 +10,7 @@ import msgspec
 from protocol.adverts import IslandAdvert
 from protocol.coordination import CargoName, Wanted
 from protocol.envelope import Envelope
-from protocol.instants import SECOND_NS
+from protocol.instants import MILLISECOND_NS, SECOND_NS
 from routing.candidates import CandidatePolicy, CoordinatorCandidate
 
 P = TypeVar("P")
@@ -33,8 +33,10 @@ class FollowingPolicy:
     """A coordinator is asked something at least this often..."""
     renew_ns: int = 8 * SECOND_NS
     """...and each Cargo's subscription is renewed this often: leases last 30 s."""
-    retry_ns: int = 1 * SECOND_NS
+    retry_ns: int = 500 * MILLISECOND_NS
     dead_after_ns: int = 5 * SECOND_NS
+    answer_ns: int = 3 * SECOND_NS
+    """Until a new one's first answer."""
     orphan_ns: int = 15 * SECOND_NS
     """Islands that no living coordinator vouches for are kept so long: until another one does."""
     find_retry_ns: int = 1 * SECOND_NS
