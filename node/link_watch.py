@@ -113,7 +113,7 @@ class LinkWatch:
                 link.ping()
             limit = config.idle_ns if known.ours else config.idle_ns + config.idle_grace_ns
             if unused > limit / SECOND_NS:
-                link.close("not used")
+                known.part("not used")
                 await self._host.disconnect(peer, "not used")
 
     async def _end_streamless(self, now: float) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from node.rpc import RpcLink
-from protocol.adverts import Hello
+from protocol.adverts import METHOD_BYE, Accepted, Hello
 from protocol.ids import PeerId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
 
@@ -79,10 +79,13 @@ class PeerUp:
 
 @dataclass(frozen=True, slots=True)
 class PeerDown:
-    """The link is gone. Streams may have broken before this."""
+    """The link is gone. Streams may have broken before this. `orderly`: one side said that it needs it no
+    more.
+    """
 
     peer: PeerId
     reason: str
+    orderly: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ class Known:
 
     `ours`: we opened the stream. `lively`: needed or in use, so pinged at each heartbeat. `judged_from`:
     silence before this moment (of trio's clock) is not held against it. `pinged_at`: when a quiet link was
-    last pinged.
+    last pinged. `leaving`: one side has said goodbye.
     """
 
     link: RpcLink
@@ -128,3 +131,10 @@ class Known:
     lively: bool
     judged_from: float
     pinged_at: float
+    leaving: bool = False
+
+    def part(self, reason: str) -> None:
+        """End the link in order: the other side hears that nothing is wrong with us."""
+        self.leaving = True
+        self.link.notify(METHOD_BYE, Accepted())
+        self.link.close(reason)

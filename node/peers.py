@@ -33,7 +33,7 @@ from node.p2p.host import plain_errors
 from node.peer_types import Known, PeerChanged, PeerDown, PeerEvent, PeersConfig, PeerState, PeerUp, PeerView
 from node.reach import Reacher
 from node.rpc import CallFailed, Method, Methods, PeerUnreachable, Refused, RpcCounters, RpcLink
-from protocol.adverts import HELLO, METHOD_HELLO, Hello
+from protocol.adverts import ACCEPTED, HELLO, METHOD_BYE, METHOD_HELLO, Accepted, Hello
 from protocol.codec import Codec, Message
 from protocol.dice import Dice
 from protocol.ids import PeerId
@@ -121,6 +121,7 @@ class Peers:
             self._open_link, self._known.__contains__, self._host_connected, nursery, config
         )
         self.serve(METHOD_HELLO, HELLO, self._greet_again)
+        self.serve_notice(METHOD_BYE, ACCEPTED, self._take_bye)
         host.handle(RPC_PROTOCOL, self._serve_inbound)
 
     # --- serving --------------------------------------------------------------------------------
@@ -383,7 +384,7 @@ class Peers:
         if known is not None:
             known.link.close("replaced by a newer link")
         else:
-            _log.info("peer up", peer=peer, name=hello.name, roles=hello.roles)
+            _log.log(self._level(peer), "peer up", peer=peer, name=hello.name, roles=hello.roles)
             self._publish(PeerUp(peer, hello))
         link.ping()
         return True
@@ -393,8 +394,9 @@ class Peers:
         if known is None or known.link is not link:
             return
         del self._known[link.peer]
-        _log.info("peer down", peer=link.peer, name=known.hello.name, reason=link.reason)
-        self._publish(PeerDown(link.peer, link.reason))
+        level = self._level(link.peer)
+        _log.log(level, "peer down", peer=link.peer, name=known.hello.name, reason=link.reason)
+        self._publish(PeerDown(link.peer, link.reason, orderly=known.leaving))
 
     def _make_room(self, peer: PeerId, *, ours: bool) -> None:
         """Bound the links that nobody needs. Raises Refused if there is no room for this one."""
@@ -405,7 +407,11 @@ class Peers:
         except BlockingIOError:
             raise Refused("busy", "as many links are in use as are allowed") from None
         if leaver is not None:
-            self._known[leaver].link.close("others need the room")
+            self._known[leaver].part("others need the room")
+
+    def _level(self, peer: PeerId) -> int:
+        """Links that come and go as lookups need them are nobody's news."""
+        return logging.INFO if self._needed(peer) else logging.DEBUG
 
     def _needed(self, peer: PeerId) -> bool:
         return peer in self._pins
@@ -432,6 +438,11 @@ class Peers:
             self._renew(known.link, hello)
         await trio.lowlevel.checkpoint_if_cancelled()
         return self._hello
+
+    def _take_bye(self, peer: PeerId, _: Accepted) -> None:
+        known = self._known.get(peer)
+        if known is not None:
+            known.leaving = True
 
     def _renew(self, link: RpcLink, hello: Hello) -> None:
         known = self._known.get(link.peer)

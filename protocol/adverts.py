@@ -25,9 +25,10 @@ from protocol.work import Part
 
 ADVERT_KIND: Final = "island-advert"
 
-#: RPC methods of a coordinator (advert, withdraw) and of any peer (hello).
+#: RPC methods of a coordinator (advert) and of any peer (hello; bye: I close this link for want of use).
 METHOD_ADVERT: Final = "advert"
 METHOD_HELLO: Final = "hello"
+METHOD_BYE: Final = "bye"
 
 #: An advert is repeated at this interval, sooner when load changes, and dropped after ADVERT_TTL_NS.
 ADVERT_INTERVAL_NS: Final = 2 * SECOND_NS
@@ -139,7 +140,8 @@ class IslandAdvert(Message, frozen=True, gc=False, omit_defaults=True, tag="adve
 
 
 class Hello(Message, frozen=True, gc=False, tag="hello"):
-    """First call on a kept stream, both ways: who I am for people, the roles I play, and where I can be dialled.
+    """First call on a kept stream, both ways: who I am for people, the roles I play, and where I can be
+    dialled.
 
     Said again when it changes.
     """

@@ -144,6 +144,10 @@ class AddressBook:
                 entry.met_at = ""
         return news
 
+    def announce(self, addresses: tuple[str, ...]) -> None:
+        """Our own addresses, for those whom we tell that we provide something."""
+        self._entries[self.me].own = addresses
+
     def trust(self, peer: PeerId, address: str) -> int:
         """An address out of the settings or of an earlier run."""
         number = self.number_of(peer)

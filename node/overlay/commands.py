@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 import trio
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from node.control import ControlRefused, NotRunning, ask
-from node.overlay.control import (
+from node.overlay.views import (
     ContactView,
     CostView,
     FindView,
@@ -29,8 +29,11 @@ from protocol.codec import excerpt
 
 T = TypeVar("T")
 
+#: A reader that is no terminal gets whole lines.
+_PIPE_WIDTH: Final = 500
+
 #: A value on the command line of "-" is read from standard input, up to this and no more.
-_MAX_STDIN_BYTES = 64 * 1024
+_MAX_STDIN_BYTES: Final = 64 * 1024
 
 
 def run_dht(arguments: argparse.Namespace, data_dir: Path) -> int:
@@ -46,7 +49,9 @@ class _Command:
     def __init__(self, data_dir: Path, *, as_json: bool) -> None:
         self._data_dir = data_dir
         self._json = as_json
-        self._console = Console(soft_wrap=True)
+        self._console = Console()
+        if not self._console.is_terminal:
+            self._console = Console(width=_PIPE_WIDTH)
 
     def run(self, arguments: argparse.Namespace) -> int:
         match arguments.dht_command:

@@ -2,96 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import msgspec
-from msgspec import Meta
-
 from dht.events import Cost, Stored
 from dht.keys import key_of_record
-from dht.limits import MAX_RECORD_VALUE_BYTES
 from dht.records import open_record_untrusted, seal_record
 from node.control import ControlMethods, ControlRefused, NoParams
 from node.overlay.names import key_of_name
 from node.overlay.overlay import Lookup, Overlay
+from node.overlay.views import (
+    ContactView,
+    CostView,
+    FindView,
+    NameParams,
+    PutParams,
+    RecordParams,
+    RecordsView,
+    RecordView,
+    StoredView,
+    TableView,
+)
 from node.peers import Peers
-from node.snapshot import OverlaySnapshot, overlay_snapshot
+from node.snapshot import overlay_snapshot
 from protocol.envelope import Signer
 from protocol.errors import ProtocolError
 from protocol.instants import MILLISECOND_NS, SECOND_NS, UnixNs
-
-#: A record put by hand holds a day unless told otherwise.
-DEFAULT_TTL_S = 24 * 3600
-
-_Name = Annotated[str, Meta(max_length=256)]
-
-
-class NameParams(msgspec.Struct, frozen=True):
-    """See `node.overlay.names`."""
-
-    name: _Name
-
-
-class RecordParams(msgspec.Struct, frozen=True):
-    namespace: _Name
-    name: _Name
-
-
-class PutParams(msgspec.Struct, frozen=True):
-    namespace: _Name
-    name: _Name
-    value: Annotated[bytes, Meta(max_length=MAX_RECORD_VALUE_BYTES)]
-    ttl_s: Annotated[int, Meta(ge=60, le=48 * 3600)] = DEFAULT_TTL_S
-
-
-class CostView(msgspec.Struct, frozen=True):
-    took_ms: float
-    hops: int
-    queries: int
-    failures: int
-
-
-class ContactView(msgspec.Struct, frozen=True):
-    """`rtt_ms`: measured, else estimated from coordinates; None: unknown."""
-
-    peer: str
-    key: str
-    addresses: tuple[str, ...]
-    rtt_ms: float | None
-    connected: bool
-    verified: bool = True
-
-
-class TableView(msgspec.Struct, frozen=True):
-    overlay: OverlaySnapshot
-    peers: tuple[ContactView, ...]
-
-
-class FindView(msgspec.Struct, frozen=True):
-    key: str
-    peers: tuple[ContactView, ...]
-    cost: CostView
-
-
-class RecordView(msgspec.Struct, frozen=True):
-    """`value`: base64 in JSON."""
-
-    issuer: str
-    sequence: int
-    expires_unix_s: int
-    value: bytes
-
-
-class RecordsView(msgspec.Struct, frozen=True):
-    key: str
-    records: tuple[RecordView, ...]
-    cost: CostView
-
-
-class StoredView(msgspec.Struct, frozen=True):
-    key: str
-    copies: int
-    cost: CostView
 
 
 class OverlayControl:

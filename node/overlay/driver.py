@@ -304,10 +304,8 @@ class DhtDriver:
         number = self._book.number_of(peer)
         if isinstance(event, PeerDown):
             self.guard.forget(peer)
-            if number in self._asked and number not in self._outbox and not self.closed:
-                # It may have gone, or only closed an idle link as we wrote: dialling it tells.
-                self._outbox[number] = deque()
-                self._nursery.start_soon(self._connect, number)
+            if number in self._asked or (not event.orderly and self.machine.table.find(number) >= 0):
+                self._probe(number)
             return
         remote = self._host.remote_of(peer)
         if remote is not None:
@@ -316,6 +314,14 @@ class DhtDriver:
                 self._peers.forgive(address)
             if not isinstance(event, PeerChanged):
                 self._book.met(number, remote)
+
+    def _probe(self, number: int) -> None:
+        """A link broke: has the peer gone, or only the link? Dialling it tells, sooner than a ping's
+        time-out.
+        """
+        if number not in self._outbox and len(self._outbox) < MAX_WAITING_PEERS and not self.closed:
+            self._outbox[number] = deque()
+            self._nursery.start_soon(self._connect, number)
 
     def _on_round_trip(self, peer: PeerId, rtt_ns: int) -> None:
         number = self._book.find(peer)

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import structlog
 import trio
 
@@ -48,7 +49,6 @@ from node.overlay.records import PeerRecord, peer_record_untrusted, seal_peer_re
 from node.p2p import Host, parse_address
 from node.p2p.host import plain_errors
 from node.peers import Peers
-from protocol.adverts import Hello
 from protocol.dice import Dice
 from protocol.envelope import Envelope
 from protocol.errors import ProtocolError
@@ -247,6 +247,24 @@ class Overlay:
         number = self.book.find(peer)
         return () if number is None else self.book.addresses(number)
 
+    def hear(self, peer: PeerId, addresses: Iterable[str]) -> None:
+        """A peer said, signed, that it can be met at these addresses (they need not be true)."""
+        if peer != self.peer:
+            self.book.own_word_untrusted(self.book.number_of(peer), addresses, self._narrowest())
+
+    def rtt_ns(self, peer: PeerId) -> int | None:
+        """The round trip to a peer: measured on a link, else estimated from its place in the network."""
+        measured = self._peers.rtt_ns(peer)
+        if measured is not None:
+            return measured
+        number = self.book.find(peer)
+        return None if number is None else self.driver.machine.rtt_estimate_ns(number)
+
+    def group_of(self, peer: PeerId) -> int:
+        """The network that a peer's address lies in; 0: unknown or not limited."""
+        number = self.book.find(peer)
+        return 0 if number is None else self.book.group_of(number)
+
     # --- belonging ----------------------------------------------------------------------------------
 
     async def join(self, addresses: Iterable[str] = ()) -> int:
@@ -276,8 +294,8 @@ class Overlay:
             for text in texts
             if (scope := scope_of(parse_address(text))) is not None and scope >= narrowest
         )[:MAX_ADDRESSES]
-        hello = self._peers.introduction
-        self._peers.introduce(Hello(hello.name, hello.version, hello.roles, told))
+        self.book.announce(told)
+        self._peers.introduce(msgspec.structs.replace(self._peers.introduction, addresses=told))
         self.membership.note_change()
 
     @property
