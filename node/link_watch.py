@@ -16,13 +16,26 @@ import trio
 
 from node.p2p import Host
 from node.peer_types import Known, PeersConfig
+from node.rpc import RpcLink
 from protocol.ids import PeerId
 from protocol.instants import SECOND_NS
 
 #: Looks for silence per heartbeat.
 _LOOKS: Final = 4
 
+#: Calls on a link that moved to a better connection may take this long, and are looked at so often.
+_FINISH_S: Final = 10.0
+_FINISH_LOOK_S: Final = 0.1
+
 _log = structlog.get_logger("peers")
+
+
+async def finish_link(link: RpcLink) -> None:
+    """End a link that has a successor, once its open calls are done."""
+    with trio.move_on_after(_FINISH_S):
+        while link.busy and not link.ended.is_set():  # noqa: ASYNC110 - calls have no common event
+            await trio.sleep(_FINISH_LOOK_S)
+    link.close("replaced by a newer link")
 
 
 class LinkWatch:
@@ -59,7 +72,7 @@ class LinkWatch:
 
     def protected(self, peer: PeerId) -> bool:
         """Is the peer needed here, or are there streams to it besides its link?"""
-        return self._needed(peer) or self._host.streams_of(peer) > 1
+        return self._needed(peer) or self._host.is_held(peer) or self._host.streams_of(peer) > 1
 
     def find_room(self, *, ours: bool) -> PeerId | None:
         """The peer whose link should end so that one more may exist; None if there is room.
@@ -121,7 +134,10 @@ class LinkWatch:
         streamless = [
             peer
             for peer in self._host.connected()
-            if peer not in self._known and not self._needed(peer) and not self._host.streams_of(peer)
+            if peer not in self._known
+            and not self._needed(peer)
+            and not self._host.is_held(peer)
+            and not self._host.streams_of(peer)
         ]
         before, self._streamless = self._streamless, {}
         for peer in streamless:

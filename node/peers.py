@@ -26,8 +26,8 @@ from typing import Final, TypeVar
 import structlog
 import trio
 
-from node.link_watch import LinkWatch
-from node.p2p import Host, Stream, StreamBroken, Unreachable, parse_peer_address
+from node.link_watch import LinkWatch, finish_link
+from node.p2p import Host, HostEvent, PeerDirect, Stream, StreamBroken, Unreachable, parse_peer_address
 from node.p2p.errors import AddressInvalid
 from node.p2p.host import plain_errors
 from node.peer_types import Known, PeerChanged, PeerDown, PeerEvent, PeersConfig, PeerState, PeerUp, PeerView
@@ -123,6 +123,7 @@ class Peers:
         self.serve(METHOD_HELLO, HELLO, self._greet_again)
         self.serve_notice(METHOD_BYE, ACCEPTED, self._take_bye)
         host.handle(RPC_PROTOCOL, self._serve_inbound)
+        host.subscribe(self._on_host_event)
 
     # --- serving --------------------------------------------------------------------------------
 
@@ -382,12 +383,34 @@ class Peers:
         self._known[peer] = Known(link, hello, ours, lively=True, judged_from=now, pinged_at=now)
         self._reacher.note_up(peer)
         if known is not None:
-            known.link.close("replaced by a newer link")
+            self._replace(known.link)
         else:
             _log.log(self._level(peer), "peer up", peer=peer, name=hello.name, roles=hello.roles)
             self._publish(PeerUp(peer, hello))
         link.ping()
         return True
+
+    def _replace(self, link: RpcLink) -> None:
+        """End a link that has a successor; not at once if it merely moves from a relayed connection."""
+        relayed = {path.relay is not None for path in self._host.paths(link.peer)}
+        if link.busy and len(relayed) == 2:
+            self._nursery.start_soon(finish_link, link)
+        else:
+            link.close("replaced by a newer link")
+
+    def _on_host_event(self, event: HostEvent) -> None:
+        if isinstance(event, PeerDirect) and not self._closed:
+            known = self._known.get(event.peer)
+            if known is not None and known.ours:
+                self._nursery.start_soon(self._move_link, event.peer)
+
+    async def _move_link(self, peer: PeerId) -> None:
+        """From a relayed connection, which will be closed, to the direct one."""
+        try:
+            with trio.fail_after(self._config.connect_ns / SECOND_NS):
+                await self._open_link(peer, None)
+        except (Unreachable, CallFailed, PeerUnreachable, StreamBroken, trio.TooSlowError) as error:
+            _log.debug("link stays relayed", peer=peer, reason=str(error))
 
     def _drop(self, link: RpcLink) -> None:
         known = self._known.get(link.peer)

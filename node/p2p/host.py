@@ -7,9 +7,9 @@ instead. The pieces below them are libp2p's: TCP, multistream-select, noise, yam
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Final, TypeAlias
+from typing import Final
 
 import structlog
 import trio
@@ -17,6 +17,7 @@ import trio
 from node.identity import Identity
 from node.p2p.addresses import Address, addresses_of, parse_peer_address
 from node.p2p.errors import ChannelBroken, StreamBroken, Unreachable
+from node.p2p.handlers import Handler, Handlers
 from node.p2p.host_events import (
     AddressesChanged,
     HostEvent,
@@ -26,7 +27,7 @@ from node.p2p.host_events import (
     PeerDisconnected,
 )
 from node.p2p.limits import HostLimits
-from node.p2p.multistream import MAX_LINE_BYTES, NegotiationFailed, NotSupported, Proposer, Responder, line
+from node.p2p.multistream import MAX_LINE_BYTES, NegotiationFailed, NotSupported, Proposer
 from node.p2p.muxer import Connection
 from node.p2p.noise import HandshakeFailed, Secured
 from node.p2p.relay_dial import PathFilter, is_direct, is_from_listener, is_relayed, open_circuit
@@ -44,10 +45,7 @@ from node.p2p.stream import Counters, Stream, UnreadBudget
 from node.p2p.transport import Path, SocketTransport, Transport
 from node.p2p.upgrade import Upgrader
 from protocol.codec import excerpt
-from protocol.errors import ProtocolError
 from protocol.ids import PeerId
-
-Handler: TypeAlias = Callable[[Stream], Awaitable[None]]
 
 _log = structlog.get_logger("p2p")
 
@@ -77,13 +75,14 @@ async def open_host(
             host = Host(identity, endpoints, addresses, limits, connections)
             try:
                 async with trio.open_nursery() as handlers:
-                    host.handler_tasks = handlers
+                    host.handlers.open(handlers)
                     if listeners:  # a host may only dial
                         handlers.start_soon(trio.serve_listeners, host.accept, listeners)
                     try:
                         yield host
                     finally:
                         host.closing = True
+                        host.handlers.close()
                         handlers.cancel_scope.cancel()
             finally:
                 with trio.CancelScope(shield=True):
@@ -131,18 +130,16 @@ class Host:
         self._limits = limits
         self.closing = False
         self._connection_tasks = connections
-        self.handler_tasks = connections  # their own nursery, as soon as it is open
+        self.handlers: Final = Handlers(limits, self.counters)
         self._upgrader = Upgrader(identity.seed, limits)
         self._budget = UnreadBudget(limits.max_unread_bytes)
-        self._handlers: dict[str, Handler] = {}
         self._connections: dict[PeerId, list[Connection]] = {}
         self._connection_count = 0
         self._relayed_count = 0
+        self._held: dict[PeerId, int] = {}
         self._punches: dict[str, PeerId] = {}
         self._dials: dict[PeerId, trio.Lock] = {}
         self._handshakes = trio.CapacityLimiter(limits.max_handshakes)
-        self._inbound: dict[PeerId, int] = {}
-        self._inbound_count = 0
         self._subscribers: list[Callable[[HostEvent], None]] = []
 
     # --- for users ------------------------------------------------------------------------------
@@ -153,10 +150,7 @@ class Host:
         An exception of the handler is logged, counted, and resets that stream only. When it returns, the
         stream is closed. Raises ValueError if the name is too long or taken.
         """
-        line(protocol)
-        if protocol in self._handlers:
-            raise ValueError(f"{protocol} is handled already")
-        self._handlers[protocol] = handler
+        self.handlers.add(protocol, handler)
 
     def subscribe(self, callback: Callable[[HostEvent], None]) -> Callable[[], None]:
         """Call `callback` at each event, in order, from the task where it happens; it must not raise.
@@ -185,6 +179,28 @@ class Host:
         while len(self.observed) > _MAX_OBSERVERS:
             self.observed.popitem(last=False)
 
+    def hold(self, peer: PeerId) -> Callable[[], None]:
+        """Say that the connection to this peer has a use even without streams (a place at a relay).
+
+        Nothing here closes idle connections; who does has to ask `is_held`. Returns what ends it.
+        """
+        self._held[peer] = self._held.get(peer, 0) + 1
+        released = False
+
+        def release() -> None:
+            nonlocal released
+            if not released:
+                released = True
+                self._held[peer] -= 1
+                if not self._held[peer]:
+                    del self._held[peer]
+
+        return release
+
+    def is_held(self, peer: PeerId) -> bool:
+        """Is the connection to it of use even without streams?"""
+        return peer in self._held
+
     def connected(self) -> tuple[PeerId, ...]:
         """Peers with a connection, in the order in which they came."""
         return tuple(self._connections)
@@ -205,7 +221,7 @@ class Host:
     @property
     def protocols(self) -> tuple[str, ...]:
         """What is handled here, in the order in which it was registered."""
-        return tuple(self._handlers)
+        return self.handlers.protocols
 
     def streams_of(self, peer: PeerId) -> int:
         """Open streams on all connections to it, whoever opened them."""
@@ -214,7 +230,7 @@ class Host:
     @property
     def inbound_streams(self) -> int:
         """Streams with a handler now."""
-        return self._inbound_count
+        return self.handlers.running
 
     @property
     def unread_bytes(self) -> int:
@@ -449,7 +465,7 @@ class Host:
             limits=self._limits,
             counters=self.counters,
             budget=self._budget,
-            accept=self._admit,
+            accept=self.handlers.admit,
             path=path,
         )
         group = self._connections.setdefault(connection.peer, [])
@@ -483,71 +499,3 @@ class Host:
     def _publish(self, event: HostEvent) -> None:
         for callback in tuple(self._subscribers):
             callback(event)
-
-    # --- inbound streams ------------------------------------------------------------------------
-
-    def _admit(self, stream: Stream) -> bool:
-        """Start a handler for a stream that the peer opens, unless there are too many."""
-        peer = stream.peer
-        running = self._inbound.get(peer, 0)
-        if (
-            self.closing
-            or running >= self._limits.max_inbound_streams_per_peer
-            or self._inbound_count >= self._limits.max_inbound_streams
-        ):
-            return False
-        self._inbound[peer] = running + 1
-        self._inbound_count += 1
-        self.handler_tasks.start_soon(self._run_handler, stream)
-        return True
-
-    async def _run_handler(self, stream: Stream) -> None:
-        in_order = False
-        try:
-            in_order = await self._handle(stream)
-        finally:
-            if not in_order:  # else the peer may still be reading what it was sent
-                stream.reset()
-            self._inbound_count -= 1
-            self._inbound[stream.peer] -= 1
-            if not self._inbound[stream.peer]:
-                del self._inbound[stream.peer]
-
-    async def _handle(self, stream: Stream) -> bool:
-        """The wall round handlers. Did it end in order, with the stream closed?"""
-        try:
-            with trio.fail_after(self._limits.negotiation_s):
-                handler = await self._agree(stream)
-            if handler is not None:
-                await handler(stream)
-                if not stream.adopted:
-                    await stream.aclose()
-                return True
-        except (StreamBroken, trio.TooSlowError, NegotiationFailed) as error:
-            _log.debug("stream ended", peer=stream.peer, protocol=stream.protocol, reason=excerpt(str(error)))
-        except Exception as error:  # noqa: BLE001 - the outermost boundary of a handler's task
-            if _only_remote(error):
-                _log.debug("stream ended", peer=stream.peer, protocol=stream.protocol, reason=repr(error))
-                return False
-            self.counters.handler_failures += 1
-            _log.exception("a stream handler failed", peer=stream.peer, protocol=stream.protocol)
-        return False
-
-    async def _agree(self, stream: Stream) -> Handler | None:
-        responder = Responder(self._handlers.__contains__)
-        while responder.agreed is None:
-            data = await stream.receive_some(MAX_LINE_BYTES)
-            if not data:
-                return None
-            answer = responder.feed_untrusted(data)
-            if answer:
-                await stream.send_all(answer)
-        if rest := responder.rest():
-            stream.unreceive(rest)
-        stream.protocol = responder.agreed
-        return self._handlers[responder.agreed]
-
-
-def _only_remote(error: BaseException) -> bool:
-    """Is this nothing but what remotes cause?"""
-    return all(isinstance(leaf, (StreamBroken, Unreachable, ProtocolError)) for leaf in leaves(error))

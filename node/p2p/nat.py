@@ -66,8 +66,8 @@ class NatConfig:
     private_addresses: bool = False
     """Punch towards addresses that are not public, too: for networks that have no others (laboratories)."""
 
-    retire_s: float = 30.0
-    """How long streams on a relayed connection have to end after a direct one stands."""
+    retire_s: float = 300.0
+    """How long streams on a relayed connection (an answer under way) have to end after a direct one stands."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,7 @@ class RelayClient:
         while True:
             candidate = await self._next_candidate()
             candidate.busy = True
+            release = self._host.hold(candidate.relay)
             try:
                 await self._hold(candidate)
             except Unreachable as error:
@@ -160,6 +161,7 @@ class RelayClient:
                 level = logging.INFO if candidate.addresses or not candidate.failures else logging.DEBUG
                 _log.log(level, "no place at the relay", relay=candidate.relay, reason=error.reason)
             finally:
+                release()
                 candidate.busy = False
                 self._idle.unpark_all()
                 if candidate.addresses:

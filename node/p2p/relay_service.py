@@ -106,7 +106,7 @@ class RelayCounters:
 class _Place:
     ip: str
     expires: float  # trio's clock
-    expires_unix_s: int
+    release: Callable[[], None]
 
 
 class _Throttle:
@@ -183,10 +183,12 @@ class RelayService:
             await self._answer(stream, HopStatus(STATUS_RESERVATION_REFUSED))
             return
         expires_unix_s = self._unix_now_s() + self._limits.reservation_s
-        if peer not in self._places:
+        place = self._places.get(peer)
+        if place is None:
             self.counters.reservations_made += 1
-            _log.info("reservation", peer=peer, places=len(self._places) + 1)
-        self._places[peer] = _Place(ip, trio.current_time() + self._limits.reservation_s, expires_unix_s)
+            place = self._places[peer] = _Place(ip, 0.0, self._host.hold(peer))
+            _log.info("reservation", peer=peer, places=len(self._places))
+        place.ip, place.expires = ip, trio.current_time() + self._limits.reservation_s
         answer = HopStatus(
             STATUS_OK,
             expires_unix_s,
@@ -293,8 +295,13 @@ class RelayService:
     def _drop_expired(self) -> None:
         now = trio.current_time()
         for peer in [peer for peer, place in self._places.items() if place.expires <= now]:
-            del self._places[peer]
+            self._drop(peer)
+
+    def _drop(self, peer: PeerId) -> None:
+        place = self._places.pop(peer, None)
+        if place is not None:
+            place.release()
 
     def _on_event(self, event: HostEvent) -> None:
         if isinstance(event, PeerDisconnected):
-            self._places.pop(event.peer, None)
+            self._drop(event.peer)
