@@ -5,6 +5,7 @@ moment.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Protocol, TypeAlias
 
 from dht.calls import Call, Calls, Purpose
@@ -107,19 +108,22 @@ class Core:
         rtt_ns = self.rtt_at(place)
         policy = self.policy
         connect = 0
+        if not self._has_link(place):
+            connect = policy.connect_ns + policy.connect_rtts * rtt_ns
         if place >= 0:
             self.table.flags[place] |= ASKED
             self.table.checked[place] = self.tick
-        if not self.table_knows_link(place):
-            connect = policy.connect_ns
         slow = policy.slow_factor * rtt_ns + policy.slow_ns + connect
         fail = policy.timeout_factor * rtt_ns + policy.timeout_ns + connect
         fail = min(max(fail, policy.min_timeout_ns), policy.max_timeout_ns) * patience
         return self.calls.start(self.now, peer, purpose, operation=operation, slow_ns=slow, fail_ns=fail)
 
-    def table_knows_link(self, place: int) -> bool:
-        """Whether a connection to this entry has probably been made: it was measured."""
-        return place >= 0 and self.table.rtts_us[place] > 0
+    def _has_link(self, place: int) -> bool:
+        """Whether there probably is a connection to this entry: it was measured, and used lately."""
+        table = self.table
+        if place < 0 or not table.rtts_us[place]:
+            return False
+        return self.tick - table.checked[place] <= self.policy.link_kept_ns >> TICK_BITS
 
     def rtt_at(self, place: int) -> int:
         """Expected round trip of an entry (-1: of a stranger), nanoseconds."""
@@ -153,15 +157,15 @@ class Core:
         if self.full is not None:
             self.full.gone(peer)
 
-    def hear_contacts(self, contacts: tuple[int, ...], coordinates: tuple[int, ...]) -> None:
-        """What an answer said of others: hearsay."""
-        table, tick, own, me = self.table, self.tick, self.vivaldi.packed, self.me
-        for peer, coordinate in zip(contacts, coordinates, strict=False):
-            if peer != me:
-                table.heard_of(peer, tick, coordinate, own, self_said=False)
-        if self.full is not None:
-            for peer, coordinate in zip(contacts, coordinates, strict=False):
-                self.full.heard_of(peer, coordinate)
+    def hear_contacts(self, contacts: Sequence[int], coordinates: Sequence[int], places: Sequence[int]) -> None:
+        """What an answer said of others, at these places: hearsay."""
+        table, tick, own = self.table, self.tick, self.vivaldi.packed
+        told = len(coordinates)
+        for place in places:
+            coordinate = coordinates[place] if place < told else UNKNOWN
+            table.heard_of(contacts[place], tick, coordinate, own, self_said=False)
+            if self.full is not None:
+                self.full.heard_of(contacts[place], coordinate)
 
     def closest_peers(self, target: int) -> list[int]:
         """Where a lookup starts."""

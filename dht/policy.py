@@ -21,9 +21,12 @@ class DhtPolicy:
     alpha: int = 3
 
     #: A lookup is done when the `beta` closest peers have answered (go-libp2p's "resiliency"): their answers
-    #: name the other k - beta. Asking all k takes three times as long and finds the same peers. Lookups for the
-    #: own key ask all k, so that the neighbours learn of us.
+    #: name the other k - beta. Asking all k takes three times as long and finds the same peers.
     beta: int = 3
+
+    #: The same for lookups of the own key, which also make us known to the neighbours: a record's finders are
+    #: closer to it than half of its holders, so half of k must know us; the others hear of us from them.
+    join_beta: int = 10
 
     #: Queries after which a lookup ends in any case. An honest one takes 10 to 15, a join some 40; with a third
     #: of all peers dead twice that.
@@ -91,9 +94,14 @@ class DhtPolicy:
     #: Round trip assumed for peers of which nothing is known: Earth's half circumference in fibre is 200 ms.
     unknown_rtt_ns: int = 250 * MILLISECOND_NS
 
-    #: Added to both limits for peers not heard of lately, where a connection has to be made first (the node: a
-    #: TCP, a Noise and three protocol negotiations). 0 in the simulator, which has no connections.
+    #: Added to both limits for peers without a connection, which has to be made first: a fixed part and so many
+    #: round trips (the node: TCP, noise, three protocol negotiations, hello). Without it a far peer that must be
+    #: dialled is late, and lookups end without it. 0 where there are no connections.
     connect_ns: int = 0
+    connect_rtts: int = 0
+
+    #: A measured peer heard of more recently than this still has its connection.
+    link_kept_ns: int = 90 * SECOND_NS
 
     #: Whether an answer's delay is a round trip even if a connection may have been made in between. The node
     #: says no and reports round trips by `RoundTripSeen`.
