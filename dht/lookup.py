@@ -161,11 +161,13 @@ class Lookup:
         info = self._info
         return any(info[peer] & _STATE_MASK == WAITING for _, peer in path.order[: self._k])
 
-    def answered(self, peer: int, contacts: Sequence[int]) -> None:
-        """The peer answered and named these (at most k of them count). Peers not asked are ignored."""
+    def answered(self, peer: int, contacts: Sequence[int]) -> list[int]:
+        """The peer answered and named these (at most k of them count). Peers not asked are ignored. Gives the
+        places in `contacts` of those that this lookup had not heard of.
+        """
         code = self._info.get(peer)
         if code is None or not OPEN <= code & _STATE_MASK <= SLOW:
-            return
+            return []
         path_number = code >> _PATH_SHIFT & 7
         path = self.paths[path_number]
         self._close_query(path, code)
@@ -173,9 +175,13 @@ class Lookup:
         self._blame[code >> _REFERRER_SHIFT] = -1
         depth = min((code >> _DEPTH_SHIFT & _MAX_DEPTH) + 1, _MAX_DEPTH)
         info, keys, target, me = self._info, self._keys, self.target, self._me
-        for contact in contacts[: self._k]:
-            if contact not in info and contact != me:
-                self._add(path_number, contact, keys[contact] ^ target, depth, peer)
+        fresh = [
+            place for place, contact in enumerate(contacts[: self._k]) if contact not in info and contact != me
+        ]
+        for place in fresh:
+            contact = contacts[place]
+            self._add(path_number, contact, keys[contact] ^ target, depth, peer)
+        return fresh
 
     def failed(self, peer: int) -> None:
         """The peer did not answer in time, or its connection broke."""
@@ -255,6 +261,8 @@ class Lookup:
 
     def _add(self, path_number: int, peer: int, distance: int, depth: int, referrer: int) -> None:
         path = self.paths[path_number]
+        if peer in self._info:
+            return  # named twice in one answer
         order = path.order
         if len(order) >= WINDOW_FACTOR * self._k:
             last_distance, last = order[-1]

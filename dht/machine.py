@@ -250,8 +250,7 @@ class DhtMachine:
             core.forget(peer)
         else:
             own = core.vivaldi.packed
-            if core.table.heard_of(peer, core.tick, message.coordinate, own, self_said=True):
-                self._upkeep.met(peer)
+            core.table.heard_of(peer, core.tick, message.coordinate, own, self_said=True)
             if not self._upkeep.running:
                 self._upkeep.start(core.now, joined=False)
         self._serve(peer, message)
@@ -287,7 +286,6 @@ class DhtMachine:
         if isinstance(answer, Pong):
             self._upkeep.ping_answered()
         elif isinstance(answer, Nodes | Records | Providers):
-            core.hear_contacts(answer.contacts, answer.coordinates)
             self._operations.query_answered(call, answer)
         elif isinstance(answer, Kept):
             self._operations.store_answered(call, answer)

@@ -52,8 +52,9 @@ RETURN_PERCENT = 75
 #: twice.
 MAX_COLLECTED = 256
 
-#: Queries of a refresh: it fills one bucket, and one answer from there names k peers of it.
-REFRESH_QUERIES = 3
+#: Queries of a refresh: it fills one bucket, and one answer from there names k peers of it; a second in case
+#: the first asked is not in it.
+REFRESH_QUERIES = 2
 
 
 class Kind(IntEnum):
@@ -207,7 +208,7 @@ class Operations:
             core.keys,
             k=policy.k,
             alpha=policy.alpha,
-            beta=policy.k if own_key else policy.beta,
+            beta=policy.join_beta if own_key else policy.beta,
             paths=1 if own_key or kind is Kind.REFRESH else policy.disjoint_paths,
             max_queries=REFRESH_QUERIES if kind is Kind.REFRESH else policy.max_queries,
         )
@@ -229,7 +230,8 @@ class Operations:
         op = self._open.get(call.operation)
         if op is None or op.over:
             return
-        op.lookup.answered(call.peer, answer.contacts)
+        fresh = op.lookup.answered(call.peer, answer.contacts)
+        self._core.hear_contacts(answer.contacts, answer.coordinates, fresh)
         if op.kind is Kind.RECORDS:
             if isinstance(answer, Records):
                 self._collect_records(op, call.peer, answer.records)

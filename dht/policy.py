@@ -95,8 +95,8 @@ class DhtPolicy:
     unknown_rtt_ns: int = 250 * MILLISECOND_NS
 
     #: Added to both limits for peers without a connection, which has to be made first: a fixed part and so many
-    #: round trips (the node: TCP, noise, three protocol negotiations, hello). Without it a far peer that must be
-    #: dialled is late, and lookups end without it. 0 where there are no connections.
+    #: round trips (the node: TCP, noise, three protocol negotiations, hello). Without it a far peer that must
+    #: be dialled is late, and lookups end without it. 0 where there are no connections.
     connect_ns: int = 0
     connect_rtts: int = 0
 

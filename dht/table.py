@@ -4,10 +4,11 @@ Kademlia (Maymounkov and Mazieres 2002): bucket i holds peers that share i leadi
 all that share more; it splits when full. Entries lie in parallel arrays ordered by bucket (27 bytes an entry),
 because the simulator makes a hundred thousand of these.
 
-An entry is *verified* once it has answered us. Others (heard of in answers, or asking us) fill free places, are
-pinged soon, give way to any verified peer and are never told to others. What an attacker can do to a table is
-bounded by this, by groups (few peers of one network per bucket and table) and by seniors (the entries longest
-in a bucket do not yield to nearer ones).
+An entry is *verified* once it has answered us. One that asked us something *spoke*: it lives, but may not be
+reachable. The rest is hearsay from answers. Unverified entries fill free places, are pinged soon and give way
+to any verified peer; hearsay is never told to others. What an attacker can do to a table is bounded by this, by
+groups (few peers of one network per bucket and table) and by seniors (the entries longest in a bucket do not
+yield to nearer ones).
 
 `rtt_aware` decides who stays in a full bucket: a newcomer that is clearly nearer replaces the farthest entry.
 Not in the own neighbourhood: there (the buckets that hold our k closest) the closer key wins, else records
@@ -39,8 +40,11 @@ MAX_BUCKETS: Final = 48
 VERIFIED: Final = 1
 SUSPECT: Final = 2
 ASKED: Final = 4
+SPOKE: Final = 8
 
-_UNVERIFIED: Final = b"\x00"
+_HEARSAY: Final = b"\x00"
+_ONLY_SPOKE: Final = b"\x08"
+_TOLD: Final = VERIFIED | SPOKE
 _NEVER_US: Final = 0
 _MAX_RTT_US: Final = 0xFFFF_FFFF
 _US: Final = 1000
@@ -185,7 +189,9 @@ class RoutingTable:
         distances = [keys[peer] ^ target for peer in self.peers[start:end]]
         flags = self.flags
         if told:
-            chosen = [i for i in range(end - start) if flags[start + i] & 3 == VERIFIED]
+            chosen = [
+                i for i in range(end - start) if flags[start + i] & _TOLD and not flags[start + i] & SUSPECT
+            ]
         else:
             chosen = [i for i in range(end - start) if not flags[start + i] & SUSPECT]
         chosen.sort(key=distances.__getitem__)
@@ -197,7 +203,8 @@ class RoutingTable:
 
     def unverified(self) -> int:
         """Place of an entry that has yet to prove itself and is not being asked, -1 if there is none."""
-        return self.flags.find(_UNVERIFIED)
+        place = self.flags.find(_ONLY_SPOKE)
+        return place if place >= 0 else self.flags.find(_HEARSAY)
 
     def stalest(self) -> int:
         """Place of the entry heard of or asked longest ago, -1 if the table is empty."""
@@ -316,9 +323,9 @@ class RoutingTable:
 
     # --- heard of, not proved -------------------------------------------------------------------------
 
-    def heard_of(self, peer: int, tick: int, coordinate: int, own: int, *, self_said: bool) -> bool:
+    def heard_of(self, peer: int, tick: int, coordinate: int, own: int, *, self_said: bool) -> None:
         """The peer was named in an answer, or (`self_said`) asked us something. It takes a free place,
-        unverified (True), or becomes a candidate.
+        unverified, or becomes a candidate.
         """
         key = self._keys[peer]
         starts = self.starts
@@ -326,7 +333,7 @@ class RoutingTable:
         last = len(starts) - 2
         if bucket > last:
             if bucket >= KEY_BITS:
-                return False
+                return
             bucket = last
         start, end = starts[bucket], starts[bucket + 1]
         if peer in self.peers[start:end]:
@@ -334,17 +341,21 @@ class RoutingTable:
                 place = self.find(peer)
                 if coordinate != UNKNOWN:
                     self.coordinates[place] = coordinate
-                if self.flags[place] & 3 == VERIFIED:
+                flags = self.flags[place]
+                if not flags & SUSPECT:
                     self.checked[place] = tick
-            return False
+                    if not flags & VERIFIED:
+                        self.flags[place] = flags | SPOKE
+            return
         if end - start < self._policy.k:
             group = self._group(peer)
             if not self._group_allowed(group, start, end):
-                return False
-            self._insert(end, peer, tick, rtt_us=_NEVER_US, coordinate=coordinate, flags=0)
-            return True
+                return
+            self._insert(
+                end, peer, tick, rtt_us=_NEVER_US, coordinate=coordinate, flags=SPOKE if self_said else 0
+            )
+            return
         self._offer(bucket, peer, coordinate, own, self_said)
-        return False
 
     def _offer(self, bucket: int, peer: int, coordinate: int, own: int, self_said: bool) -> None:  # noqa: FBT001
         """A full bucket hears of one more."""

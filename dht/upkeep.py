@@ -74,7 +74,7 @@ class Upkeep:
         policy = self._core.policy
         dice = self._core.dice
         if joined:
-            self._interval = max(policy.ping_interval_ns // _GROWTH, policy.min_ping_interval_ns)
+            self._interval = max(policy.ping_interval_ns // _FALL, policy.min_ping_interval_ns)
             self._urgent = max(self._core.table.buckets, 1)
             self._bucket = 0
         elif self.running:
@@ -119,10 +119,6 @@ class Upkeep:
         look = self._look_interval
         self._next_look = now + look - look // 10 + core.dice.below(look // 5 + 1)
         self._operations.look_around()
-
-    def met(self, peer: int) -> None:
-        """A peer that asked us something took a free place: if it proves itself, others may hear of it."""
-        self._extra_ping(peer, 1)
 
     # --- pings ----------------------------------------------------------------------------------------
 
@@ -204,9 +200,20 @@ class Upkeep:
             interval = policy.refresh_interval_ns
         self._next_refresh = now + interval - self._core.dice.below(interval // 4 + 1)
         if len(table):
+            if self._urgent:
+                self._skip_full_buckets()
             self._bucket %= table.buckets
             self._operations.refresh(self._random_key(self._bucket))
             self._bucket += 1
+
+    def _skip_full_buckets(self) -> None:
+        """After a join or heavy loss only buckets with room need company; the last one has its own lookups."""
+        table = self._core.table
+        while self._urgent and self._bucket < table.buckets - 1:
+            if table.starts[self._bucket + 1] - table.starts[self._bucket] < self._core.policy.k:
+                return
+            self._bucket += 1
+            self._urgent -= 1
 
     def _random_key(self, bucket: int) -> int:
         """A key that shares exactly `bucket` leading bits with ours."""
