@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from node.identity import new_identity
+from node.identity import Identity, new_identity
 
 PEER = Path(__file__).with_name("nat_peer.py")
 ROOT = Path(__file__).parents[3]
@@ -87,6 +87,19 @@ def sweep() -> None:
 
 
 @dataclass
+class Plan:
+    """A peer before its process runs: where it will be met is known already."""
+
+    place: tuple[str, str]
+    identity: Identity
+    config: dict
+
+    @property
+    def address(self) -> str:
+        return f"/ip4/{self.place[1]}/tcp/{PORT}/p2p/{self.identity.peer}"
+
+
+@dataclass
 class Peer:
     """A process in a namespace."""
 
@@ -151,30 +164,44 @@ class Network:
         self._in(inside, f"ip route add default via 10.{number}.0.1")
         return inside, f"10.{number}.0.2"
 
+    def plan(self, place: tuple[str, str], **config: object) -> Plan:
+        """A peer to be started there, which listens on all addresses."""
+        return Plan(place, new_identity(), config)
+
     @asynccontextmanager
-    async def peer(self, namespace: tuple[str, str], **config: object) -> AsyncGenerator[Peer]:
-        """A peer there that listens on all addresses; killed on leaving."""
-        name, ip = namespace
-        seed = new_identity().seed.hex()
-        listen = f"/ip4/0.0.0.0/tcp/{PORT}"
-        process = await trio.lowlevel.open_process(
-            ["ip", "netns", "exec", name, sys.executable, str(PEER), seed, listen, json.dumps(config)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-        )
-        assert process.stdin
-        assert process.stdout
+    async def running(self, *plans: Plan) -> AsyncGenerator[list[Peer]]:
+        """These peers, started together; killed on leaving."""
+        processes: list[trio.Process] = []
         try:
-            with trio.fail_after(60):  # imports take seconds on a busy machine
-                peer = (await read_line(process.stdout)).decode().strip()
-            yield Peer(process, peer, f"/ip4/{ip}/tcp/{PORT}/p2p/{peer}")
+            for plan in plans:
+                seed, listen = plan.identity.seed.hex(), f"/ip4/0.0.0.0/tcp/{PORT}"
+                arguments = [sys.executable, str(PEER), seed, listen, json.dumps(plan.config)]
+                processes.append(
+                    await trio.lowlevel.open_process(
+                        ["ip", "netns", "exec", plan.place[0], *arguments],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        cwd=ROOT,
+                    )
+                )
+            with trio.fail_after(90):  # imports take seconds on a busy machine
+                for process in processes:
+                    assert process.stdout
+                    await read_line(process.stdout)
+            yield [
+                Peer(process, plan.identity.peer, plan.address)
+                for plan, process in zip(plans, processes, strict=True)
+            ]
         finally:
             with trio.CancelScope(shield=True):
-                process.kill()
-                await process.wait()
-                await process.stdin.aclose()
-                await process.stdout.aclose()
+                for process in processes:
+                    process.kill()
+                for process in processes:
+                    await process.wait()
+                    assert process.stdin
+                    assert process.stdout
+                    await process.stdin.aclose()
+                    await process.stdout.aclose()
 
     def _add(self, suffix: str) -> str:
         name = f"{self._name}-{suffix}"

@@ -42,10 +42,6 @@ async def obey(host: Host, nat: Nat, order: dict) -> dict:
             while left:
                 left -= len(await stream.receive_some())
             await stream.aclose()
-        case "keep":
-            order["stream"] = await host.open_stream(order["peer"], "/echo/1")
-        case "disconnect":
-            await host.disconnect(order["peer"])
         case "status":
             pass
     counters = nat.puncher.counters

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
-
 import pytest
 
 pytestmark = pytest.mark.slow
 
 
 async def test_public_and_private_peers_know_what_they_are_and_a_hole_is_punched(network) -> None:
-    async with AsyncExitStack() as stack:
-        relay = await stack.enter_async_context(network.peer(network.public(), serve_relay=True))
-        island = await stack.enter_async_context(network.peer(network.private(), relays=[relay.address]))
-        gateway = await stack.enter_async_context(network.peer(network.private(), relays=[relay.address]))
-        public = await stack.enter_async_context(network.peer(network.public(), relays=[relay.address]))
+    relays = network.plan(network.public(), serve_relay=True)
+    places = (network.private(), network.private(), network.public())
+    others = [network.plan(place, relays=[relays.address]) for place in places]
+    async with network.running(relays, *others) as (relay, island, gateway, public):
         for peer in (island, gateway, public):
             assert "error" not in await peer("connect", address=relay.address)
 
@@ -48,17 +45,12 @@ async def test_public_and_private_peers_know_what_they_are_and_a_hole_is_punched
 
 
 async def test_behind_nats_that_draw_ports_at_random_peers_stay_relayed(network) -> None:
-    async with AsyncExitStack() as stack:
-        relay = await stack.enter_async_context(network.peer(network.public(), serve_relay=True))
-        peers = [
-            await stack.enter_async_context(
-                network.peer(network.private(ports="random,fully-random"), relays=[relay.address])
-            )
-            for _ in range(2)
-        ]
-        for peer in peers:
+    relays = network.plan(network.public(), serve_relay=True)
+    places = [network.private(ports="random,fully-random") for _ in range(2)]
+    others = [network.plan(place, relays=[relays.address]) for place in places]
+    async with network.running(relays, *others) as (relay, island, gateway):
+        for peer in (island, gateway):
             await peer("connect", address=relay.address)
-        island, gateway = peers
         state = await island.until(lambda s: s["relays"] == [relay.peer])
         state = await gateway("connect", address=state["addresses"][0])
         assert state["paths"][island.peer] == ["relayed"]
@@ -69,10 +61,9 @@ async def test_behind_nats_that_draw_ports_at_random_peers_stay_relayed(network)
 
 
 async def test_a_public_peer_that_came_through_a_relay_is_dialled(network) -> None:
-    async with AsyncExitStack() as stack:
-        relay = await stack.enter_async_context(network.peer(network.public(), serve_relay=True))
-        island = await stack.enter_async_context(network.peer(network.private(), relays=[relay.address]))
-        gateway = await stack.enter_async_context(network.peer(network.public(), relays=[relay.address]))
+    relays = network.plan(network.public(), serve_relay=True)
+    others = [network.plan(place, relays=[relays.address]) for place in (network.private(), network.public())]
+    async with network.running(relays, *others) as (relay, island, gateway):
         await island("connect", address=relay.address)
         state = await island.until(lambda s: s["relays"] == [relay.peer])
         await gateway("connect", address=state["addresses"][0])
@@ -81,13 +72,9 @@ async def test_a_public_peer_that_came_through_a_relay_is_dialled(network) -> No
 
 
 async def test_another_relay_takes_over(network) -> None:
-    async with AsyncExitStack() as stack:
-        relays = [
-            await stack.enter_async_context(network.peer(network.public(), serve_relay=True)) for _ in range(3)
-        ]
-        island = await stack.enter_async_context(
-            network.peer(network.private(), relays=[relay.address for relay in relays])
-        )
+    plans = [network.plan(network.public(), serve_relay=True) for _ in range(3)]
+    private = network.plan(network.private(), relays=[plan.address for plan in plans])
+    async with network.running(*plans, private) as (*relays, island):
         await island("connect", address=relays[0].address)
         state = await island.until(lambda s: len(s["relays"]) == 2)
         dead = next(relay for relay in relays if relay.peer in state["relays"])
