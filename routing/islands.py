@@ -95,6 +95,11 @@ class Shelf(Generic[P]):
         return bool(self.contexts)
 
     @property
+    def islands(self) -> int:
+        """How many have it, or will have it soon."""
+        return sum(self.contexts.values())
+
+    @property
     def decode_tps(self) -> float:
         """The highest rate claimed. Counted anew only after the one who claimed it has gone or changed."""
         if self._best is None:
