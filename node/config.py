@@ -30,6 +30,19 @@ class NetworkSettings(Settings, frozen=True):
     bootstrap: tuple[str, ...] = ()
 
 
+class OverlaySettings(Settings, frozen=True):
+    """Who runs a network of one's own may change these; nodes of one network must agree about `k`.
+
+    `k`: replicas and bucket size. `provider_ttl_s`: an Island that vanished is listed at most this long, if all
+    nodes say the same. `heal_s`: bootstrap peers are asked this often even when all seems well, so that a
+    network that was cut in two grows together.
+    """
+
+    k: Annotated[int, Meta(ge=1, le=64)] = 20
+    provider_ttl_s: Annotated[int, Meta(ge=3, le=48 * 3600)] = 3600
+    heal_s: Annotated[int, Meta(ge=1, le=24 * 3600)] = 600
+
+
 class EngineSettings(Settings, frozen=True):
     """`threads`: per loaded Cargo; one is right wherever Islands share cores. `slots`: sequences decoded
     together. `queue`: jobs that may wait beyond that before the Island answers "busy".
@@ -54,6 +67,7 @@ class NodeSettings(Settings, frozen=True):
     region: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
     cargos: tuple[str, ...] = ("smollm2-135m",)
     network: NetworkSettings = NetworkSettings()
+    overlay: OverlaySettings = OverlaySettings()
     engine: EngineSettings = EngineSettings()
     log: LogSettings = LogSettings()
 

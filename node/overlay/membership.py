@@ -118,9 +118,10 @@ class Membership:
                 await self._met_somebody.wait()
 
     async def _wait_until_alone(self) -> None:
-        heal_at = trio.current_time() + HEAL_S * (0.5 + self._jitter())
+        heal_s = self._overlay.config.heal_s
+        heal_at = trio.current_time() + heal_s * (0.5 + self._jitter())
         while True:
-            await trio.sleep(ALONE_CHECK_S * (0.75 + 0.5 * self._jitter()))
+            await trio.sleep(min(ALONE_CHECK_S, heal_s) * (0.75 + 0.5 * self._jitter()))
             if not len(self._overlay.driver.machine.table):
                 return
             if not self._peers.up():
@@ -128,7 +129,7 @@ class Membership:
                 if not found.closest:
                     return
             if trio.current_time() >= heal_at:
-                heal_at = trio.current_time() + HEAL_S * (0.5 + self._jitter())
+                heal_at = trio.current_time() + heal_s * (0.5 + self._jitter())
                 if self._bootstrap:
                     await self._overlay.driver.join(tuple(self._bootstrap[:MAX_SEEDS]))
 

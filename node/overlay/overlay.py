@@ -44,7 +44,7 @@ from node.overlay.addresses import Scope, scope_of, widest_scope
 from node.overlay.book import AddressBook
 from node.overlay.cache import OverlayFiles
 from node.overlay.driver import DhtDriver, monotonic_now
-from node.overlay.membership import Membership
+from node.overlay.membership import HEAL_S, Membership
 from node.overlay.records import PeerRecord, peer_record_untrusted, seal_peer_record
 from node.p2p import Host, parse_address
 from node.p2p.host import plain_errors
@@ -56,12 +56,15 @@ from protocol.ids import PeerId
 from protocol.instants import MILLISECOND_NS, UnixNs
 from protocol.limits import MAX_ADDRESSES
 
-#: Making a connection takes a TCP, a noise and three protocol negotiations: five round trips and some ms of
-#: CPU, on top of what an answer takes.
-CONNECT_ALLOWANCE_NS: Final = 500 * MILLISECOND_NS
+#: Making a connection takes a TCP, a noise, three protocol negotiations and a hello: so many round trips, and
+#: some ms of CPU at both ends, on top of what an answer takes.
+CONNECT_RTTS: Final = 5
+CONNECT_ALLOWANCE_NS: Final = 100 * MILLISECOND_NS
 
 #: What a node wants besides the defaults: messages wait for connections, so an answer's delay is no round trip.
-NODE_POLICY: Final = DhtPolicy(connect_ns=CONNECT_ALLOWANCE_NS, rtt_from_first_answer=False)
+NODE_POLICY: Final = DhtPolicy(
+    connect_ns=CONNECT_ALLOWANCE_NS, connect_rtts=CONNECT_RTTS, rtt_from_first_answer=False
+)
 
 #: Orders of this node's users that run at once; more wait. The machine refuses beyond its own bound.
 MAX_ORDERS: Final = 512
@@ -82,6 +85,9 @@ class OverlayConfig:
     """Ask, but stand in no table and store nothing: for short-lived programs."""
 
     policy: DhtPolicy = field(default=NODE_POLICY)
+
+    heal_s: float = HEAL_S
+    """How often bootstrap peers are asked even when all seems well, on average."""
 
 
 @dataclass(frozen=True, slots=True)
