@@ -20,7 +20,11 @@ def test_no_dependency_brings_a_package_of_our_names() -> None:
 
 
 def test_lock_files_name_hashes_and_no_registry() -> None:
-    locks = [*ROOT.glob("locks/*.txt"), *ROOT.glob("tests/**/package-lock.json")]
+    locks = [
+        *ROOT.glob("locks/*.txt"),
+        *ROOT.glob("tests/**/package-lock.json"),
+        *ROOT.glob("sdk/*/package-lock.json"),
+    ]
     assert locks
     for lock in locks:
         text = lock.read_text()
