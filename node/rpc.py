@@ -8,6 +8,7 @@ them is disconnected. The reader never waits for a write, so two busy sides can 
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -190,7 +191,6 @@ class RpcLink:
         self._serving: dict[int, trio.CancelScope] = {}
         self._running = 0
         self._pings: dict[int, float] = {}
-        self._next_ping = 0
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._queued_answers = 0
@@ -260,9 +260,13 @@ class RpcLink:
         return True
 
     def ping(self) -> None:
-        """Measure the round-trip time once; `rtt_ns` follows when the answer comes."""
+        """Measure the round-trip time once; `rtt_ns` follows when the answer comes.
+
+        The number can not be guessed: who answers before the question came would seem nearer than light
+        allows, and jurisdictions are judged by that (routing/jurisdiction.py).
+        """
         if len(self._pings) < MAX_OPEN_PINGS:
-            number, self._next_ping = self._next_ping, self._next_ping + 1
+            number = secrets.randbelow(1 << 53)
             self._pings[number] = trio.current_time()
             self._post(Ping(number))
 
