@@ -9,12 +9,16 @@ from typing import Annotated
 from msgspec import Meta
 
 from node.config import LogSettings, default_data_dir
-from node.settings import Settings
+from node.coordination.vantage import Vantage
+from node.settings import Settings, SettingsError
+from protocol.errors import ProtocolError
+from protocol.ids import PeerId, peer_id_untrusted
 from protocol.instants import MILLISECOND_NS
 from protocol.limits import DEFAULT_TOKEN_WINDOW, MAX_NAME_CHARS, MAX_TOKEN_WINDOW
-from routing.job_events import (
-    SupervisionPolicy,
-)
+from routing.geography import JURISDICTIONS, Place
+from routing.job_events import SupervisionPolicy
+from routing.jurisdiction import MAX_LIARS, Residency
+from routing.requirements import Requirements
 
 _Millis = Annotated[int, Meta(ge=0, le=86_400_000)]
 
@@ -30,14 +34,67 @@ class HttpBindSettings(Settings, frozen=True):
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
 
 
+class VantageSettings(Settings, frozen=True):
+    """A coordinator whose place is known (its peer id; this gateway's own, too): where round trips are measured
+    that prove where an Island stands. `operator`: who runs it; one operator is one voice.
+    """
+
+    peer: str
+    operator: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+    latitude: Annotated[float, Meta(ge=-90, le=90)]
+    longitude: Annotated[float, Meta(ge=-180, le=180)]
+
+
 class MeshSettings(Settings, frozen=True):
-    """`listen`: multiaddrs where Islands reach this gateway. `islands`: full multiaddrs of Islands that the
-    gateway dials itself and keeps. `bootstrap`: full multiaddrs of any peers, to enter the overlay by.
+    """`listen`: multiaddrs where others reach this gateway. `islands`, `bootstrap`: full multiaddrs of Islands
+    or any peers, to enter the overlay by. `trusted`: peer ids of coordinators whose word on karma counts in
+    full. `karma_floor`: points that an Island must have to get jobs; empty: any. `jurisdictions`: an Island
+    must be proven to stand in one of these (ISO country codes, EU), from `vantages`; empty: anywhere.
     """
 
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/4001",)
     islands: tuple[str, ...] = ()
     bootstrap: tuple[str, ...] = ()
+    region: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
+    country: Annotated[str, Meta(max_length=2)] = ""
+    trusted: tuple[str, ...] = ()
+    karma_floor: Annotated[float, Meta(ge=-1000, le=1_000_000)] | None = None
+    jurisdictions: tuple[str, ...] = ()
+    liars: Annotated[int, Meta(ge=0, le=MAX_LIARS)] = 1
+    """Operators of vantage points that may lie without making a proof."""
+
+    vantages: tuple[VantageSettings, ...] = ()
+
+    @property
+    def requirements(self) -> Requirements:
+        """What every job asks of an Island. Raises SettingsError."""
+        for name in self.jurisdictions:
+            if name not in JURISDICTIONS:
+                known = ", ".join(sorted(JURISDICTIONS))
+                raise SettingsError(f"mesh.jurisdictions: {name!r} is not known; there are: {known}")
+        residency = Residency(self.jurisdictions, self.liars) if self.jurisdictions else None
+        floor = None if self.karma_floor is None else round(self.karma_floor * 1000)
+        return Requirements(residency=residency, karma_floor_milli=floor, region=self.region)
+
+    @property
+    def trusted_peers(self) -> tuple[PeerId, ...]:
+        """Raises SettingsError."""
+        return tuple(_peer("mesh.trusted", text) for text in self.trusted)
+
+    @property
+    def vantage_points(self) -> tuple[Vantage, ...]:
+        """Raises SettingsError."""
+        return tuple(
+            Vantage(_peer("mesh.vantages", v.peer), v.operator, Place(v.latitude, v.longitude))
+            for v in self.vantages
+        )
+
+
+def _peer(setting: str, text: str) -> PeerId:
+    try:
+        return peer_id_untrusted(text)
+    except ProtocolError as error:
+        raise SettingsError(f"{setting}: {text!r} is no peer id ({error.detail})") from error
 
 
 class JobSettings(Settings, frozen=True):

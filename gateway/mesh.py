@@ -1,37 +1,49 @@
-"""The gateway's side of the mesh: keeps the book of Islands, streams ready for jobs, and the jobs.
+"""The gateway's side of the mesh: Islands, streams ready for jobs, and the jobs.
 
-One job is `gateway.mesh_job`.
+Islands come from two sources (gateway/mesh_book.py): they advertise to the coordinator of this very node,
+or other coordinators tell of them. One job is `gateway.mesh_job`.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Final, NamedTuple
+from typing import Final
 
 import structlog
 import trio
 
+from dht.coordinates import estimate_ns
+from gateway.followed_cargos import FollowedCargos
+from gateway.mesh_book import MeshBook
 from gateway.mesh_job import MeshJob, Stream
 from gateway.service import ModelInfo
+from gateway.work_done import WorkBook
+from node.coordination.coordinator import CoordinatorService
+from node.coordination.following import FollowingService
+from node.coordination.port import CoordinationPort
+from node.overlay.overlay import Overlay
 from node.p2p import Host, Unreachable
+from node.p2p.host import plain_errors
 from node.peers import PeerDown, PeerEvent, Peers
-from node.rpc import Refused
+from node.rpc import PeerUnreachable
 from node.streams import MessageStream
-from protocol.adverts import ADVERT, ADVERT_KIND, METHOD_ADVERT, Accepted, OfferedCargo
-from protocol.codec import Codec
-from protocol.envelope import Envelope, open_untrusted
-from protocol.errors import Fault, ProtocolError
-from protocol.ids import CargoDigest, JobId, PeerId, cargo_digest_untrusted
-from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant, UnixNs
+from protocol.coordination import CargoCount
+from protocol.dice import Dice
+from protocol.envelope import Signer
+from protocol.ids import CargoDigest, JobId, PeerId
+from protocol.instants import Instant, UnixNs
 from protocol.jobs import FROM_ISLAND, JOB_PROTOCOL, TO_ISLAND
 from protocol.work import Work
-from routing.islands import Island, IslandBook
+from routing.coordinator_events import CoordinatorEvent, IslandChanged, IslandGone
+from routing.following_events import FollowingEvent, IslandSeen, IslandUnseen
+from routing.islands import IslandBook
 from routing.job_events import SupervisionPolicy
-from routing.placement import rank, shape_of
+from routing.placement import Query, choose, shape_of, soonest
+from routing.requirements import ANYTHING, Outlook, Requirements
 
 #: Job streams kept open in advance per Island: opening one costs a protocol negotiation, which a first token
 #: should not wait for. One is refilled while the other is used.
@@ -43,97 +55,118 @@ FILL_S: Final = 10.0
 #: A stream that was taken is replaced this much later: not while its job waits for its first token.
 REFILL_AFTER_S: Final = 0.05
 
-#: A model whose last Island has gone is still known for this long (jobs for it wait, then fail with 503 and not
-#: with 404): longer than a restart takes. So many at most, the one gone longest is forgotten first.
-REMEMBER_MODEL_NS: Final = 600 * SECOND_NS
-MAX_MODELS_REMEMBERED: Final = 256
-
-#: Cargos whose first appearance is remembered (the models list shows it); the oldest is forgotten first.
-MAX_CARGOS_SEEN: Final = 4096
-
-#: Adverts of one Island that come closer together are refused: each costs a signature check and a look at the
-#: waiting jobs. Islands wait five times as long.
-MIN_ADVERT_GAP_NS: Final = 10 * MILLISECOND_NS
-
-#: How often Islands whose adverts stopped are looked for.
-EXPIRY_CHECK_S: Final = 1.0
-
-ENVELOPE: Final[Codec[Envelope]] = Codec(Envelope)
+#: An Island that others told of is dialled when a job goes there; a job's own patience is longer.
+DIAL_S: Final = 5.0
 
 _log = structlog.get_logger("mesh")
 
 
-class _Naming(NamedTuple):
-    """What an Island says of a Cargo besides its digest."""
-
-    name: str
-    version: str
-    runtime: str
-    publisher: str
+@asynccontextmanager
+async def open_mesh(
+    host: Host,
+    peers: Peers,
+    overlay: Overlay,
+    *,
+    coordinator: CoordinatorService,
+    port: CoordinationPort,
+    signer: Signer,
+    policy: SupervisionPolicy,
+    now: Callable[[], Instant],
+    unix_now: Callable[[], UnixNs],
+    requirements: Requirements = ANYTHING,
+) -> AsyncGenerator[Mesh]:
+    """The mesh as this gateway sees it, until left."""
+    with plain_errors():
+        async with trio.open_nursery() as nursery:
+            mesh = Mesh(
+                host,
+                peers,
+                overlay,
+                coordinator=coordinator,
+                policy=policy,
+                now=now,
+                unix_now=unix_now,
+                requirements=requirements,
+                nursery=nursery,
+            )
+            following = FollowingService(
+                peers, overlay, port, nursery, signer=signer, on_event=mesh.on_following
+            )
+            mesh.follow(following)
+            nursery.start_soon(following.run)
+            nursery.start_soon(mesh.keep_streams_ready)
+            yield mesh
+            nursery.cancel_scope.cancel()
 
 
 class Mesh:
-    """Islands, and jobs on them. Implements `gateway.service.InferenceService`."""
+    """Made by `open_mesh`. Implements `gateway.service.InferenceService`."""
 
     def __init__(
         self,
         host: Host,
         peers: Peers,
+        overlay: Overlay,
         *,
+        coordinator: CoordinatorService,
         policy: SupervisionPolicy,
         now: Callable[[], Instant],
         unix_now: Callable[[], UnixNs],
+        requirements: Requirements,
+        nursery: trio.Nursery,
     ) -> None:
         self.peer: Final = host.peer
         self._host = host
         self._peers = peers
+        self._overlay = overlay
+        self._coordinator = coordinator
         self._policy = policy
+        self._requirements = requirements
+        self._nursery = nursery
         self.now = now
-        self._unix_now = unix_now
         self.unix_offset_ns: Final = unix_now() - now()
-        self.book: IslandBook[PeerId] = IslandBook()
-        self._first_seen: dict[CargoDigest, int] = {}
-        self._gone: dict[CargoDigest, tuple[ModelInfo, Instant]] = {}
-        self._called: dict[CargoDigest, _Naming] = {}
+        self.known: Final = MeshBook(now, unix_now, self._elsewhere)
+        self.work: Final = WorkBook(coordinator)
+        self._dice = Dice(overlay.dice.u64(), stream=6)
+        self._outlook: Outlook[PeerId] = Outlook(
+            rtt_of=peers.rtt_ns,
+            estimate_of=self._estimate_ns,
+            karma_of=coordinator.karma.points_mpt,
+            sightings_of=coordinator.sightings,
+            unix_offset_ns=self.unix_offset_ns,
+        )
+        self._followed: FollowedCargos | None = None
         self._filling: set[PeerId] = set()
         self._waiting: dict[JobId, MeshJob] = {}
         self._ready: dict[PeerId, deque[Stream]] = {}
         self._jobs: dict[JobId, MeshJob] = {}
-        self._nursery: trio.Nursery
         self._refill: trio.MemorySendChannel[PeerId]
         self._refills: trio.MemoryReceiveChannel[PeerId]
         self._refill, self._refills = trio.open_memory_channel[PeerId](1024)
-        peers.serve(METHOD_ADVERT, ENVELOPE, self._take_advert)
         peers.subscribe(self._on_peer)
+        coordinator.subscribe(self._on_coordinator)
 
-    async def keep(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep the book true until cancelled."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            nursery.start_soon(self._expire)
-            nursery.start_soon(self._keep_streams_ready, nursery)
-            task_status.started()
+    def follow(self, following: FollowingService) -> None:
+        """Hear of Islands from other coordinators by this."""
+        self._followed = FollowedCargos(self._coordinator, following)
+        self._nursery.start_soon(self._followed.run)
+
+    @property
+    def book(self) -> IslandBook[PeerId]:
+        """All Islands known here."""
+        return self.known.islands
 
     # --- what the HTTP side asks --------------------------------------------------------------------
 
     def models(self) -> tuple[ModelInfo, ...]:
-        offers: dict[CargoDigest, list[Island[PeerId]]] = {}
-        for island in self.book:
-            for offered in island.advert.cargos:
-                if offered.state != "failed":
-                    offers.setdefault(CargoDigest(offered.digest), []).append(island)
-        infos = [self._model_info(digest, islands) for digest, islands in offers.items()]
-        return tuple(sorted(infos, key=lambda info: (info.id, -info.ready, info.version, info.digest)))
+        return self.known.models()
 
     def model(self, name: str) -> ModelInfo | None:
         """Also one that was here a while ago: a job for it may wait for an Island to come back."""
-        for info in self.models():
-            if name in _names_of(info):
-                return info
-        for info, gone in reversed(self._gone.values()):
-            if name in _names_of(info) and self.now() - gone < REMEMBER_MODEL_NS:
-                return info
-        return None
+        info = self.known.model(name)
+        if info is not None and self._followed is not None:
+            self._followed.asked_for(info.digest)
+        return info
 
     @asynccontextmanager
     async def run(
@@ -158,12 +191,12 @@ class Mesh:
     def place(
         self, cargo: CargoDigest, work: Work, now: Instant, excluded: frozenset[PeerId], done: int
     ) -> PeerId | None:
-        ranked = rank(now, self.book, shape_of(cargo, work, done), self._peers.rtt_ns, excluded)
-        return ranked[0].peer if ranked else None
+        query = Query(shape_of(cargo, work, done), self._outlook, excluded, self._requirements)
+        chosen = choose(soonest(now, self.book, query), self._dice)
+        return None if chosen is None else chosen.peer
 
     def name_of(self, peer: PeerId) -> str:
-        island = self.book.get(peer)
-        return island.advert.name if island is not None else peer[-8:]
+        return self.known.name_of(peer)
 
     def rtt_ns(self, peer: PeerId) -> int:
         return self._peers.rtt_ns(peer) or 0
@@ -182,44 +215,70 @@ class Mesh:
         return ready.popleft() if ready else None
 
     async def open_stream(self, peer: PeerId) -> Stream:
+        """A job stream to an Island, which is dialled first if need be. Raises Unreachable."""
+        if self._peers.hello(peer) is None:
+            try:
+                with trio.fail_after(DIAL_S):
+                    await self._overlay.reach(peer)
+            except PeerUnreachable as error:
+                raise Unreachable(str(error)) from error
+            except trio.TooSlowError:
+                raise Unreachable(f"not reached within {DIAL_S:g} s") from None
         return MessageStream(await self._host.open_stream(peer, JOB_PROTOCOL), TO_ISLAND, FROM_ISLAND)
 
-    async def _take_advert(self, peer: PeerId, envelope: Envelope) -> Accepted:
-        known = self.book.get(peer)
-        if known is not None and self.now() - known.heard < MIN_ADVERT_GAP_NS:
-            raise Refused("busy", "adverts come too close together")
-        opened = open_untrusted(envelope, ADVERT_KIND, ADVERT, self._unix_now())
-        if opened.issuer != peer:
-            raise ProtocolError(Fault.WRONG_ISSUER, "an advert must come from the Island itself")
-        digests = [cargo_digest_untrusted(offered.digest) for offered in opened.body.cargos]
-        if len(set(digests)) < len(digests):
-            raise ProtocolError(Fault.MALFORMED, "a Cargo stands twice in one advert")
-        if self.book.admit(self.now(), peer, opened.body, opened.sequence):
-            for digest in digests:
-                self._first_seen.setdefault(digest, self._unix_now() // SECOND_NS)
-                if len(self._first_seen) > MAX_CARGOS_SEEN:
-                    oldest = next(iter(self._first_seen))
-                    del self._first_seen[oldest]
-                    self._called.pop(oldest, None)
-            if known is None:
-                _log.info("island", name=opened.body.name, peer=peer, cargos=len(opened.body.cargos))
-                self._want_stream(peer)
-            self._tell_jobs()
-        return Accepted()
+    # --- Islands ------------------------------------------------------------------------------------
+
+    def on_following(self, event: FollowingEvent[PeerId]) -> None:
+        """What other coordinators tell."""
+        match event:
+            case IslandSeen(cargo, island):
+                self._overlay.hear(island.peer, island.advert.addresses)
+                self.known.vouched(cargo, island.peer, island.advert, island.sequence)
+                self._tell_jobs()
+            case IslandUnseen(cargo, peer):
+                if self.known.unvouched(cargo, peer):
+                    self._drop_ready(peer)
+            case _:
+                pass
+
+    def _on_coordinator(self, event: CoordinatorEvent[PeerId]) -> None:
+        match event:
+            case IslandChanged(peer, advert, sequence, new):
+                self.known.advertised(peer, advert, sequence)
+                if new:
+                    self._want_stream(peer)
+                self._tell_jobs()
+            case IslandGone(peer):
+                if self.known.left(peer):
+                    self._drop_ready(peer)
+            case _:
+                pass
+
+    def _elsewhere(self) -> Iterator[CargoCount]:
+        """Cargos that other coordinators say they have."""
+        for other in self._coordinator.machine.others:
+            yield from other.summary.cargos
+
+    def _estimate_ns(self, coordinate: int) -> int | None:
+        own = self._overlay.driver.machine.coordinate
+        return estimate_ns(own, coordinate) if own and coordinate else None
 
     def _tell_jobs(self) -> None:
         for job in tuple(self._waiting.values()):
             job.islands_changed()
 
+    # --- ready streams ------------------------------------------------------------------------------
+
     def _want_stream(self, peer: PeerId) -> None:
         with suppress(trio.WouldBlock):  # a missed refill costs one negotiation later
             self._refill.send_nowait(peer)
 
-    async def _keep_streams_ready(self, nursery: trio.Nursery) -> None:
+    async def keep_streams_ready(self) -> None:
+        """Until cancelled."""
         async for peer in self._refills:
             if peer not in self._filling:  # one that fills sees what was taken meanwhile
                 self._filling.add(peer)
-                nursery.start_soon(self._fill, peer)
+                self._nursery.start_soon(self._fill, peer)
 
     async def _fill(self, peer: PeerId) -> None:
         try:
@@ -238,67 +297,8 @@ class Mesh:
 
     def _on_peer(self, event: PeerEvent) -> None:
         if isinstance(event, PeerDown):
-            self._drop(event.peer, event.reason)
-
-    async def _expire(self) -> None:
-        while True:
-            before = self.now()
-            await trio.sleep(EXPIRY_CHECK_S)
-            if self.now() - before > 2 * EXPIRY_CHECK_S * SECOND_NS:
-                continue  # we were stopped: their adverts wait in our sockets
-            for peer in self.book.expire(self.now()):
-                _log.info("island lost", peer=peer, reason="adverts stopped")
-                self._drop_ready(peer)
-
-    def _drop(self, peer: PeerId, reason: str) -> None:
-        island = self.book.get(peer)
-        if island is not None:
-            self._remember_models(island)
-            self.book.lost(peer)
-            _log.info("island lost", name=island.advert.name, peer=peer, reason=reason)
-        self._drop_ready(peer)
-
-    def _remember_models(self, island: Island[PeerId]) -> None:
-        for offered in island.advert.cargos:
-            if offered.state == "ready":
-                digest = CargoDigest(offered.digest)
-                info = self._model_info(digest, [other for other in self.book if other.cargo(digest)])
-                self._gone.pop(digest, None)
-                self._gone[digest] = (replace(info, islands=0, ready=0, decode_tps=0.0), self.now())
-                if len(self._gone) > MAX_MODELS_REMEMBERED:
-                    del self._gone[next(iter(self._gone))]
+            self._drop_ready(event.peer)
 
     def _drop_ready(self, peer: PeerId) -> None:
         for stream in self._ready.pop(peer, ()):
             stream.reset()
-
-    def _model_info(self, digest: CargoDigest, islands: list[Island[PeerId]]) -> ModelInfo:
-        offers = [offered for island in islands if (offered := island.cargo(digest)) is not None]
-        ready = [offered for offered in offers if offered.state == "ready"]
-        called = self._name_cargo(digest, offers)
-        return ModelInfo(
-            id=called.name,
-            digest=digest,
-            version=called.version,
-            runtime=called.runtime,
-            context_length=max(offered.context_length for offered in ready or offers),
-            publisher=called.publisher,
-            islands=len(offers),
-            ready=len(ready),
-            decode_tps=max(offered.decode_tps for offered in offers),
-            first_seen_unix_s=self._first_seen.get(digest, 0),
-        )
-
-    def _name_cargo(self, digest: CargoDigest, offers: list[OfferedCargo]) -> _Naming:
-        """What most Islands call it, and on a tie what it was called before: one liar renames nothing."""
-        counts = Counter(_Naming(o.name, o.version, o.runtime, o.publisher) for o in offers)
-        naming, count = counts.most_common(1)[0]
-        before = self._called.get(digest)
-        if before is not None and counts[before] == count:
-            return before
-        self._called[digest] = naming
-        return naming
-
-
-def _names_of(info: ModelInfo) -> tuple[str, str, str]:
-    return info.id, f"{info.id}@{info.version}", info.digest

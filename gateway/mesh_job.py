@@ -11,6 +11,7 @@ import structlog
 import trio
 
 from gateway.service import Completed, Failed, FailureCode, JobEvent, Placed, Preparing, Released
+from gateway.work_done import WorkBook
 from node.p2p import StreamBroken, Unreachable
 from node.streams import MessageStream
 from protocol.errors import ProtocolError
@@ -65,6 +66,8 @@ class MeshView(Protocol):
     @property
     def unix_offset_ns(self) -> int: ...
     def now(self) -> Instant: ...
+    @property
+    def work(self) -> WorkBook: ...
     def name_of(self, peer: PeerId) -> str: ...
     def rtt_ns(self, peer: PeerId) -> int: ...
     def place(
@@ -114,6 +117,7 @@ class MeshJob:
         self.id: JobId = job
         self._mesh = mesh
         self._cargo = cargo
+        self._work = work
         self._events: deque[JobEvent] = deque()
         self._arrived = trio.Event()
         self._over = False
@@ -305,6 +309,7 @@ class MeshJob:
                     reason=failed.reason,
                 )
                 self._mesh.book.suspect(self._mesh.now(), failed.peer)
+                self._mesh.work.failed(failed.peer, timeout=failed.timeout)
                 self._without_island_since = self._mesh.now()
             case JobCompleted():
                 self._show_placed()
@@ -319,6 +324,7 @@ class MeshJob:
     def _complete(self, event: JobCompleted[PeerId]) -> None:
         usage = event.usage
         self._tell_story()
+        self._mesh.work.done(event.peer, self._cargo, self._work, usage, self._tokens)
         _log.info(
             "job completed",
             job=self.id[:8],

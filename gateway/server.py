@@ -6,6 +6,7 @@ import errno
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,16 +14,18 @@ import msgspec
 import structlog
 import trio
 
-from dht.keys import key_of_role
 from gateway.app import create_app
 from gateway.config import GatewaySettings
 from gateway.http import HttpSettings
 from gateway.http_server import open_listener, serve_http
 from gateway.keys import KeyRing
-from gateway.mesh import Mesh
+from gateway.mesh import open_mesh
 from node.control import ControlMethods, serve_control
+from node.coordination.coordinator import CoordinatorConfig, open_coordinator
+from node.coordination.gossip import ROLE_COORDINATOR
+from node.coordination.port import CoordinationPort
 from node.identity import load_or_create_identity
-from node.island import AGENT, ROLE_COORDINATOR, VERSION, monotonic_now, unix_now
+from node.island import AGENT, VERSION, monotonic_now, unix_now
 from node.overlay.control import OverlayControl
 from node.overlay.overlay import OverlayConfig, open_overlay
 from node.p2p import open_host
@@ -65,23 +68,48 @@ async def run_gateway(
     identity = load_or_create_identity(settings.data_path / "identity.key")
     hello = Hello(settings.name, VERSION, (ROLE_COORDINATOR,))
     dice = Dice(int.from_bytes(secrets.token_bytes(8), "little"))
+    mesh_settings = settings.mesh
+    requirements = mesh_settings.requirements
+    config = CoordinatorConfig(
+        settings.name,
+        settings.data_path,
+        region=mesh_settings.region,
+        country=mesh_settings.country,
+        trusted=mesh_settings.trusted_peers,
+        vantages=mesh_settings.vantage_points,
+    )
+    ways_in = (*mesh_settings.bootstrap, *mesh_settings.islands)
     async with (
-        open_host(identity, settings.mesh.listen) as host,
+        open_host(identity, mesh_settings.listen) as host,
         open_peers(host, hello=hello, dice=dice) as peers,
-        open_overlay(
-            host, peers, OverlayConfig(settings.data_path, settings.mesh.bootstrap), identity
-        ) as overlay,
+        open_overlay(host, peers, OverlayConfig(settings.data_path, ways_in), identity) as overlay,
+        AsyncExitStack() as stack,
         trio.open_nursery() as nursery,
     ):
+        port = CoordinationPort(peers)
+        coordinator = await stack.enter_async_context(
+            open_coordinator(host, peers, overlay, port=port, signer=identity.signer, config=config)
+        )
+        mesh = await stack.enter_async_context(
+            open_mesh(
+                host,
+                peers,
+                overlay,
+                coordinator=coordinator,
+                port=port,
+                signer=identity.signer,
+                policy=settings.jobs.policy,
+                now=monotonic_now,
+                unix_now=unix_now,
+                requirements=requirements,
+            )
+        )
         serve_identify(host, agent=AGENT)
         serve_ping(host)
-        mesh = Mesh(host, peers, policy=settings.jobs.policy, now=monotonic_now, unix_now=unix_now)
-        await nursery.start(mesh.keep)
-        overlay.provide_all("role", [key_of_role(ROLE_COORDINATOR)])
         methods = ControlMethods()
         OverlayControl(overlay, peers, identity.signer).register(methods)
         await nursery.start(serve_control, settings.data_path, methods)
-        for address in settings.mesh.islands:
+        for address in mesh_settings.islands:
             peers.keep(address)
         http = HttpSettings(
             requests_per_minute=settings.http.requests_per_minute,

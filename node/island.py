@@ -6,6 +6,7 @@ handed over by their gateways, worker processes and listeners are gone.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -30,32 +31,23 @@ from cargos.store import CargoStore
 from dht.keys import key_of_capability, key_of_cargo, key_of_region
 from node.config import NodeSettings
 from node.control import ControlMethods, NoParams, serve_control
+from node.coordination.affiliation import AffiliationService
+from node.coordination.port import CoordinationPort
 from node.identity import load_or_create_identity
 from node.jobs import JobService
 from node.overlay.control import OverlayControl
-from node.overlay.overlay import OverlayConfig, open_overlay
+from node.overlay.overlay import NODE_POLICY, OverlayConfig, open_overlay
 from node.p2p import open_host
 from node.p2p.host import plain_errors
 from node.p2p.identify import serve_identify
 from node.p2p.ping import serve_ping
-from node.peers import PeerEvent, PeerUp, open_peers
-from node.rpc import CallFailed, PeerUnreachable
+from node.peers import open_peers
 from node.settings import SettingsError
 from node.snapshot import Snapshot, snapshot
 from node.state import HostedCargo, IslandState
-from protocol.adverts import (
-    ACCEPTED,
-    ADVERT_INTERVAL_NS,
-    ADVERT_KIND,
-    ADVERT_TTL_NS,
-    MAX_ADVERT_MEMORY_MIB,
-    METHOD_ADVERT,
-    Hello,
-    IslandAdvert,
-    OfferedCargo,
-)
+from protocol.adverts import MAX_ADVERT_MEMORY_MIB, Hello, IslandAdvert, OfferedCargo
 from protocol.dice import Dice
-from protocol.ids import CargoDigest, PeerId
+from protocol.ids import CargoDigest
 from protocol.instants import SECOND_NS, Instant, UnixNs
 from protocol.jobs import JOB_PROTOCOL
 from protocol.limits import MAX_ADVERT_CARGOS
@@ -64,16 +56,15 @@ VERSION: Final = package_version("archipelag")
 #: What other libp2p peers see as our software.
 AGENT: Final = f"archipelag/{VERSION}"
 ROLE_ISLAND: Final = "island"
-ROLE_COORDINATOR: Final = "coordinator"
 
-#: Changes that come close together (jobs starting) share one advert.
-ADVERT_COALESCE_S: Final = 0.05
+#: What is offered is looked at this often, and at once when something is known to have changed.
+ADVERT_CHECK_S: Final = 2.0
 
-#: A coordinator that takes longer than this for an advert gets the next one instead.
-ADVERT_DEADLINE_NS: Final = 2 * SECOND_NS
+#: Free memory changes all the time; adverts tell it in these steps, so that idle Islands say nothing new.
+MEMORY_STEP_MIB: Final = 256
 
-#: At the end, coordinators are told that this Island is leaving; none may hold up the exit.
-FAREWELL_S: Final = 0.5
+#: The place in the network that adverts tell moves this seldom.
+COORDINATE_S: Final = 60.0
 
 RuntimeOpener: TypeAlias = Callable[[RuntimeSpec], AbstractAsyncContextManager[Runtime]]
 
@@ -85,9 +76,19 @@ _log = structlog.get_logger("island")
 
 def overlay_config(settings: NodeSettings) -> OverlayConfig:
     """How an Island takes part in the overlay: coordinators are peers to enter by like any other."""
-    network = settings.network
+    network, overlay = settings.network, settings.overlay
+    policy = dataclasses.replace(
+        NODE_POLICY,
+        k=overlay.k,
+        provider_ttl_ns=overlay.provider_ttl_s * SECOND_NS,
+        provide_interval_ns=overlay.provider_ttl_s * SECOND_NS // 3,
+    )
     return OverlayConfig(
-        settings.data_path, (*network.bootstrap, *network.coordinators), region=settings.region
+        settings.data_path,
+        (*network.bootstrap, *network.coordinators),
+        region=settings.region,
+        policy=policy,
+        heal_s=overlay.heal_s,
     )
 
 
@@ -109,10 +110,8 @@ class Island:
         self.store = CargoStore(Path(settings.cache_dir).expanduser() if settings.cache_dir else None)
         self._runtimes: dict[str, Runtime] = {}
         self._changed = trio.Event()
-        # Coordinators that have not answered the last advert yet, and whether they missed one meanwhile.
-        self._telling: dict[PeerId, bool] = {}
-        # Later than any number of an earlier run, whatever happened to our disk.
-        self._sequence = time.time_ns()
+        self._coordinate = 0
+        self._coordinate_from = -COORDINATE_S
         self.state: IslandState
 
     async def run(self, *, ready: Callable[[IslandState], Awaitable[None]] | None = None) -> None:
@@ -160,10 +159,19 @@ class Island:
                 host.handle(JOB_PROTOCOL, jobs.handle)
                 serve_identify(host, agent=AGENT)
                 serve_ping(host)
-                peers.subscribe(self._on_peer)
                 for address in settings.network.coordinators:
                     peers.keep(address)
                 async with trio.open_nursery() as nursery:
+                    state.affiliation = AffiliationService(
+                        peers,
+                        overlay,
+                        CoordinationPort(peers),
+                        nursery,
+                        signer=self.identity.signer,
+                        pinned=settings.network.coordinators,
+                        region=settings.region,
+                    )
+                    nursery.start_soon(state.affiliation.run)
                     await nursery.start(serve_control, settings.data_path, self._control_methods())
                     _log.info("listening", name=settings.name, peer=host.peer, addresses=list(host.addresses))
                     for entry in {entry.digest: entry for entry in entries}.values():
@@ -191,10 +199,8 @@ class Island:
     async def _say_farewell(self) -> None:
         """No coordinator places anything here any more. Running jobs are handed over when their streams end."""
         self.state.jobs.draining = True
-        self._telling.clear()  # whoever is slow with the last advert gets this one all the same
-        with trio.move_on_after(FAREWELL_S):
-            async with trio.open_nursery() as nursery:
-                self._advertise_once(nursery)
+        if self.state.affiliation is not None:
+            await self.state.affiliation.leave(self._advert())
 
     # --- Cargos -------------------------------------------------------------------------------------
 
@@ -265,19 +271,15 @@ class Island:
     def _note_change(self) -> None:
         self._changed.set()
 
-    def _on_peer(self, event: PeerEvent) -> None:
-        if isinstance(event, PeerUp):
-            self._note_change()  # a new coordinator wants to know what there is
-
     async def _advertise(self) -> None:
-        async with trio.open_nursery() as nursery:
-            while True:
-                self._provide()
-                self._advertise_once(nursery)
-                with trio.move_on_after(ADVERT_INTERVAL_NS / SECOND_NS):
-                    await self._changed.wait()
-                    await trio.sleep(ADVERT_COALESCE_S)
-                self._changed = trio.Event()
+        """Tell coordinators of what changes; how, and whom, is the affiliation's business."""
+        assert self.state.affiliation is not None  # noqa: S101 - made before this task
+        while True:
+            self._provide()
+            self.state.affiliation.advertise(self._advert())
+            with trio.move_on_after(ADVERT_CHECK_S):
+                await self._changed.wait()
+            self._changed = trio.Event()
 
     def _provide(self) -> None:
         """Stand in the overlay where those look who want what is ready here."""
@@ -294,37 +296,6 @@ class Island:
         for runtime in {manifest.runtime.value for manifest in ready.values()}:
             keys.update(key_of_capability(f"runtime:{runtime}", at) for at in {"", self.settings.region})
         self.state.overlay.provide_all("cargos", keys)
-
-    def _advertise_once(self, nursery: trio.Nursery) -> None:
-        """Tell all coordinators; one that is slow to answer delays no other and gets the next advert later."""
-        coordinators = [view.peer for view in self.state.peers.table() if ROLE_COORDINATOR in view.roles]
-        if not coordinators:
-            return
-        self._sequence += 1
-        envelope = self.identity.signer.seal(
-            ADVERT_KIND,
-            self._advert(),
-            sequence=self._sequence,
-            expires_unix_ns=UnixNs(unix_now() + ADVERT_TTL_NS),
-        )
-
-        async def tell(peer: PeerId) -> None:
-            self._telling[peer] = False
-            try:
-                await self.state.peers.call(
-                    peer, METHOD_ADVERT, envelope, ACCEPTED, deadline_ns=ADVERT_DEADLINE_NS
-                )
-            except (CallFailed, PeerUnreachable) as error:
-                _log.debug("advert not taken", peer=peer, reason=str(error))
-            finally:
-                if self._telling.pop(peer, False):
-                    self._note_change()
-
-        for peer in coordinators:
-            if peer in self._telling:
-                self._telling[peer] = True
-            else:
-                nursery.start_soon(tell, peer)
 
     def _advert(self) -> IslandAdvert:
         offers: list[OfferedCargo] = []
@@ -343,16 +314,32 @@ class Island:
                     slots=self.settings.engine.slots,
                     active=load.active if load is not None else 0,
                     queued=load.queued if load is not None else 0,
-                    decode_tps=load.decode_tps if load is not None else 0.0,
-                    prefill_tps=load.prefill_tps if load is not None else 0.0,
+                    decode_tps=_three_digits(load.decode_tps) if load is not None else 0.0,
+                    prefill_tps=_three_digits(load.prefill_tps) if load is not None else 0.0,
                     publisher=manifest.publisher,
                 )
             )
+        overlay = self.state.overlay
+        free_mib = psutil.virtual_memory().available // (1024 * 1024)
         return IslandAdvert(
             name=self.settings.name,
             cargos=tuple(offers),
             region=self.settings.region,
-            memory_mib=min(psutil.virtual_memory().available // (1024 * 1024), MAX_ADVERT_MEMORY_MIB),
+            memory_mib=min(free_mib - free_mib % MEMORY_STEP_MIB, MAX_ADVERT_MEMORY_MIB),
             version=VERSION,
             draining=self.state.jobs.draining,
+            addresses=() if overlay is None else overlay.announced,
+            coordinate=self._place(),
         )
+
+    def _place(self) -> int:
+        """Where we are in the network's space of latencies, as told: it moves a little all the time."""
+        overlay, now = self.state.overlay, trio.current_time()
+        if overlay is not None and (not self._coordinate or now - self._coordinate_from > COORDINATE_S):
+            self._coordinate, self._coordinate_from = overlay.driver.machine.coordinate, now
+        return self._coordinate
+
+
+def _three_digits(rate: float) -> float:
+    """Measured rates tremble; what is told changes only when it means something."""
+    return float(f"{rate:.3g}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from cargos.catalogue import CargoEntry
 from cargos.runtimes.base import Runtime
 from node.config import NodeSettings
+from node.coordination.affiliation import AffiliationService
 from node.identity import Identity
 from node.jobs import JobService
 from node.overlay.overlay import Overlay
@@ -37,5 +38,6 @@ class IslandState:
     peers: Peers
     jobs: JobService
     overlay: Overlay | None = None
+    affiliation: AffiliationService | None = None
     cargos: dict[str, HostedCargo] = field(default_factory=dict[str, HostedCargo])
     started: float = field(default_factory=time.monotonic)

@@ -92,10 +92,11 @@ class TokensReleased:
 
 @dataclass(frozen=True, slots=True)
 class IslandFailed(Generic[P]):
-    """For the coordinator's book: this Island let the job down."""
+    """For the coordinator's book: this Island let the job down. `timeout`: it let it hang."""
 
     peer: P
     reason: str
+    timeout: bool = False
 
 
 @dataclass(frozen=True, slots=True)

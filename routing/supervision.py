@@ -219,9 +219,9 @@ class JobSupervisor(Generic[P]):
         if self._peer is None:
             yield from self._dispatch(now)
         elif self._state is _State.OFFERED:
-            yield from self._fail_attempt(now, self._peer, "no answer to the offer")
+            yield from self._fail_attempt(now, self._peer, "no answer to the offer", timeout=True)
         else:
-            yield from self._fail_attempt(now, self._peer, "stalled")
+            yield from self._fail_attempt(now, self._peer, "stalled", timeout=True)
 
     def _message(self, now: Instant, peer: P, message: FromIsland) -> Effects[P]:
         gap_ns = self._note_alive(now)
@@ -374,7 +374,9 @@ class JobSupervisor(Generic[P]):
         elif first_time:
             yield Emit(JobWaiting())
 
-    def _fail_attempt(self, now: Instant, peer: P, reason: str, *, disconnect: bool = True) -> Effects[P]:
+    def _fail_attempt(
+        self, now: Instant, peer: P, reason: str, *, disconnect: bool = True, timeout: bool = False
+    ) -> Effects[P]:
         yield from self._speed(peer)
         self._peer = None
         self._failures += 1
@@ -383,7 +385,7 @@ class JobSupervisor(Generic[P]):
         self._busy -= {peer}
         if disconnect:
             yield Disconnect(peer, reason)
-        yield Emit(IslandFailed(peer, reason))
+        yield Emit(IslandFailed(peer, reason, timeout))
         if self._failures >= self._policy.attempts:
             yield from self._give_up(
                 "exhausted", f"{self._failures} attempts failed, the last at {self._last_failure}"

@@ -21,6 +21,7 @@ from node.coordination.driver import MachineDriver
 from node.coordination.gossip import ROLE_COORDINATOR, GossipService
 from node.coordination.karma import KarmaKeeper
 from node.coordination.port import CoordinationPort
+from node.coordination.vantage import Vantage
 from node.overlay.addresses import group_of_host, host_of_remote
 from node.overlay.overlay import Overlay
 from node.p2p import Host
@@ -32,7 +33,7 @@ from protocol.dice import Dice
 from protocol.envelope import Envelope, Signer
 from protocol.errors import Fault, ProtocolError
 from protocol.ids import PeerId
-from protocol.instants import UnixNs
+from protocol.instants import MICROSECOND_NS, UnixNs
 from routing.coordinator import Coordinator
 from routing.coordinator_events import (
     CoordinatorCommand,
@@ -52,6 +53,7 @@ from routing.coordinator_events import (
 from routing.gossip_messages import MAX_ITEM_BYTES, Item, Opener, Opening
 from routing.gossip_peers import KindPolicy
 from routing.islands import IslandBook
+from routing.jurisdiction import Sighting
 from routing.karma import KarmaPolicy, Statement
 from routing.karma_wire import KARMA_KIND, karma_kind, karma_opener
 from routing.karma_witness import KarmaWitness
@@ -81,6 +83,7 @@ class CoordinatorConfig:
     region: str = ""
     country: str = ""
     trusted: tuple[PeerId, ...] = ()
+    vantages: tuple[Vantage, ...] = ()
     policy: CoordinatorPolicy = field(default_factory=CoordinatorPolicy)
     karma: KarmaPolicy = field(default_factory=KarmaPolicy)
 
@@ -127,6 +130,7 @@ class CoordinatorService:
         self._overlay = overlay
         self._config = config
         self._listeners: list[Listener] = []
+        self._summary_takers: list[Callable[[Envelope], None]] = []
         notary = EnvelopeNotary(signer)
         self.karma: Final = KarmaKeeper(
             signer,
@@ -173,6 +177,25 @@ class CoordinatorService:
     def subscribe(self, listener: Listener) -> None:
         """Call `listener` at each event of the coordinator; it must return at once and not raise."""
         self._listeners.append(listener)
+
+    def subscribe_summaries(self, taker: Callable[[Envelope], None]) -> None:
+        """Call `taker` with each verified summary of another coordinator that comes by gossip."""
+        self._summary_takers.append(taker)
+
+    def sightings(self, peer: PeerId) -> tuple[Sighting, ...]:
+        """Round trips to an Island from vantage points whose place the settings tell: our own, and those of
+        coordinators that are named there, as they state them.
+        """
+        vantages = {vantage.peer: vantage for vantage in self._config.vantages}
+        seen = [
+            Sighting(vantages[issuer].operator, vantages[issuer].place, rtt_us * MICROSECOND_NS)
+            for issuer, _, rtt_us in self.karma.store.min_rtts(peer, self.karma.epoch())
+            if issuer in vantages and issuer != self._host.peer
+        ]
+        own, rtt_ns = vantages.get(self._host.peer), self._peers.min_rtt_ns(peer)
+        if own is not None and rtt_ns is not None:
+            seen.append(Sighting(own.operator, own.place, rtt_ns))
+        return tuple(seen)
 
     def note_work(self, seen: WorkSeen[PeerId]) -> None:
         """What happened with a job, for the Island's karma."""
@@ -231,6 +254,8 @@ class CoordinatorService:
             self.karma.learn(cast("Statement[PeerId]", body))
         elif isinstance(body, Envelope):
             self.driver.order(LearnCoordinator(body))
+            for taker in self._summary_takers:
+                taker(body)
 
     def _on_round_trip(self, peer: PeerId, rtt_ns: int) -> None:
         if self.book.get(peer) is not None:

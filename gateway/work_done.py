@@ -1,0 +1,49 @@
+"""What jobs tell of Islands, for their karma: work that consumers really got, and promises broken.
+
+Work is counted from what this gateway saw: tokens that it took, prompts no longer than they can be, and the
+size of the Cargo's weights as its manifest (locked by the digest) says. A Cargo whose manifest nobody here
+knows earns nothing yet: an unknown size would be the Island's claim.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cargos.manifest import Manifest
+from cargos.resolve import builtin_catalogue
+from node.coordination.coordinator import CoordinatorService
+from protocol.ids import CargoDigest, PeerId
+from protocol.jobs import Usage
+from protocol.work import Work
+from routing.coordinator_events import WorkSeen
+from routing.karma import work_units
+from routing.placement import most_prompt_tokens
+
+#: Manifests of Cargos that are remembered.
+MAX_MANIFESTS: Final = 4096
+
+
+class WorkBook:
+    """Tells the coordinator's witness."""
+
+    def __init__(self, coordinator: CoordinatorService) -> None:
+        self._coordinator = coordinator
+        self._weights: dict[str, int] = {
+            entry.digest: entry.manifest.total_bytes for entry in builtin_catalogue()
+        }
+
+    def learn(self, manifest: Manifest) -> None:
+        """A Cargo's manifest was seen; its digest is the Cargo's."""
+        if len(self._weights) < MAX_MANIFESTS:
+            self._weights.setdefault(manifest.digest, manifest.total_bytes)
+
+    def done(self, peer: PeerId, cargo: CargoDigest, work: Work, usage: Usage, tokens: int) -> None:
+        """A job ended well there. `tokens`: what the consumer took, of all Islands together."""
+        generated = min(usage.generated_tokens, tokens)
+        prompt = min(usage.prompt_tokens, most_prompt_tokens(work)) - usage.cached_tokens
+        units = work_units(self._weights.get(cargo, 0), generated, max(0, prompt))
+        self._coordinator.note_work(WorkSeen(peer, work_units=units))
+
+    def failed(self, peer: PeerId, *, timeout: bool) -> None:
+        """It let a job down."""
+        self._coordinator.note_work(WorkSeen(peer, failures=0 if timeout else 1, timeouts=1 if timeout else 0))
