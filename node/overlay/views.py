@@ -33,7 +33,7 @@ class PutParams(msgspec.Struct, frozen=True):
     namespace: _Name
     name: _Name
     value: Annotated[bytes, Meta(max_length=MAX_RECORD_VALUE_BYTES)]
-    ttl_s: Annotated[int, Meta(ge=60, le=48 * 3600)] = DEFAULT_TTL_S
+    ttl_s: Annotated[int, Meta(ge=1, le=48 * 3600)] = DEFAULT_TTL_S
 
 
 class CostView(msgspec.Struct, frozen=True):
