@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,17 +13,21 @@ import pytest
 import trio
 import trio.testing
 
-from gateway.mesh import READY_STREAMS, Mesh
+from gateway.mesh import READY_STREAMS, Mesh, open_mesh
 from gateway.mesh_job import MeshJob
 from gateway.service import Completed, Failed, JobEvent, Placed, Preparing, Released
+from node.coordination.coordinator import CoordinatorConfig, CoordinatorService, open_coordinator
+from node.coordination.gossip import ROLE_COORDINATOR
+from node.coordination.port import CoordinationPort
 from node.identity import Identity, new_identity
-from node.island import ROLE_COORDINATOR, ROLE_ISLAND, monotonic_now, unix_now
+from node.island import ROLE_ISLAND, monotonic_now, unix_now
 from node.jobs import JobService
+from node.overlay.overlay import OverlayConfig, open_overlay
 from node.p2p import Host, open_host
 from node.peers import Peers, open_peers
-from node.rpc import CallFailed
 from node.streams import MessageStream
-from protocol.adverts import ACCEPTED, ADVERT_KIND, METHOD_ADVERT, Hello, IslandAdvert, OfferedCargo
+from protocol.adverts import ADVERT_KIND, Hello, IslandAdvert, OfferedCargo
+from protocol.coordination import COORDINATION, METHOD_COORDINATION, AdvertPut, AdvertTaken, Declined
 from protocol.dice import Dice
 from protocol.ids import CargoDigest
 from protocol.instants import MILLISECOND_NS, SECOND_NS, UnixNs
@@ -42,6 +47,7 @@ from protocol.jobs import (
 )
 from protocol.limits import MAX_OFFER_BYTES
 from protocol.work import Generation, Sampling, TextPrompt
+from routing.coordinator_events import CoordinatorPolicy
 from routing.job_events import SupervisionPolicy
 
 CARGO = CargoDigest("sha256:" + "c" * 64)
@@ -61,6 +67,10 @@ def work(count: int | None = 40, text: str = "hi") -> Generation:
     return Generation(TextPrompt(text), Sampling(seed=3), max_tokens=count)
 
 
+class NotTaken(Exception):
+    """The coordinator declined an advert; the argument is its code."""
+
+
 class Island:
     """A peer that advertises by hand. Its jobs go to a JobService over `runtime`, or to a liar."""
 
@@ -71,6 +81,9 @@ class Island:
         self.gateway = gateway
         self.runtime = runtime
         self.sequence = unix_now()
+        self.calls = 0
+        self.answers: dict[int, AdvertTaken | Declined] = {}
+        peers.serve_notice(METHOD_COORDINATION, COORDINATION, self._answered)
         self.service = JobService(
             signer=identity.signer,
             runtimes={CARGO: runtime},
@@ -91,7 +104,7 @@ class Island:
     async def advertise(
         self, *cargos: OfferedCargo, signer: Any = None, ttl_ns: int = 10 * SECOND_NS, **changes: Any
     ) -> None:
-        """The next advert. Raises CallFailed if the gateway refuses it."""
+        """The next advert. Raises NotTaken if the gateway declines it."""
         self.sequence += 1
         advert = IslandAdvert(self.host.peer[-4:], cargos or (offered(),))
         envelope = (signer or self.identity.signer).seal(
@@ -100,11 +113,20 @@ class Island:
             sequence=self.sequence,
             expires_unix_ns=UnixNs(unix_now() + ttl_ns),
         )
-        await trio.sleep(0.02)  # beyond MIN_ADVERT_GAP_NS
         await self.say(envelope)
 
     async def say(self, envelope: Any) -> None:
-        await self.peers.call(self.gateway.peer, METHOD_ADVERT, envelope, ACCEPTED, deadline_ns=20 * SECOND_NS)
+        self.calls += 1
+        call = self.calls
+        self.peers.notify(self.gateway.peer, METHOD_COORDINATION, AdvertPut(call, envelope))
+        await until(lambda: call in self.answers)
+        answer = self.answers[call]
+        if isinstance(answer, Declined):
+            raise NotTaken(answer.code)
+
+    def _answered(self, _: object, message: object) -> None:
+        if isinstance(message, AdvertTaken | Declined):
+            self.answers[message.call] = message
 
     async def die(self) -> None:
         await self.host.disconnect(self.gateway.peer, "the test pulled the cable")
@@ -113,8 +135,16 @@ class Island:
 class World:
     """A gateway and the means to add Islands."""
 
-    def __init__(self, mesh: Mesh, host: Host, stack: AsyncExitStack, runtime: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        host: Host,
+        coordinator: CoordinatorService,
+        stack: AsyncExitStack,
+        runtime: Callable[..., Any],
+    ) -> None:
         self.mesh = mesh
+        self.coordinator = coordinator
         self.host = host
         self._stack = stack
         self._runtime = runtime
@@ -152,19 +182,40 @@ class World:
 
 
 @pytest.fixture
-def world(scripted_runtime: Callable[..., Any]):
+def world(scripted_runtime: Callable[..., Any], tmp_path: Path):
     @asynccontextmanager
-    async def make(policy: SupervisionPolicy = POLICY) -> AsyncGenerator[World]:
+    async def make(
+        policy: SupervisionPolicy = POLICY, island_ttl_ns: int = 300 * SECOND_NS
+    ) -> AsyncGenerator[World]:
         async with AsyncExitStack() as stack:
-            host = await stack.enter_async_context(open_host(new_identity()))
+            identity = new_identity()
+            host = await stack.enter_async_context(open_host(identity))
             hello = Hello("gateway", "0", (ROLE_COORDINATOR,))
             peers = await stack.enter_async_context(open_peers(host, hello=hello, dice=Dice(2)))
-            mesh = Mesh(host, peers, policy=policy, now=monotonic_now, unix_now=unix_now)
-            async with trio.open_nursery() as nursery:
-                await nursery.start(mesh.keep)
-                async with AsyncExitStack() as islands:
-                    yield World(mesh, host, islands, scripted_runtime)
-                nursery.cancel_scope.cancel()
+            overlay = await stack.enter_async_context(
+                open_overlay(host, peers, OverlayConfig(tmp_path), identity)
+            )
+            port = CoordinationPort(peers)
+            coordination = CoordinatorPolicy(island_ttl_ns=island_ttl_ns)
+            config = CoordinatorConfig("gateway", tmp_path, policy=coordination)
+            coordinator = await stack.enter_async_context(
+                open_coordinator(host, peers, overlay, port=port, signer=identity.signer, config=config)
+            )
+            mesh = await stack.enter_async_context(
+                open_mesh(
+                    host,
+                    peers,
+                    overlay,
+                    coordinator=coordinator,
+                    port=port,
+                    signer=identity.signer,
+                    policy=policy,
+                    now=monotonic_now,
+                    unix_now=unix_now,
+                )
+            )
+            async with AsyncExitStack() as islands:
+                yield World(mesh, host, coordinator, islands, scripted_runtime)
 
     return make
 
@@ -404,9 +455,8 @@ async def test_adverts_that_are_refused(world) -> None:
             lambda: island.advertise(offered(decode_tps=float("nan"))),
             lambda: island.advertise(offered(prefill_tps=-1.0)),
         ):
-            with pytest.raises(CallFailed) as caught:
+            with pytest.raises(NotTaken, match="invalid"):
                 await lie()
-            assert caught.value.code == "malformed"
         assert len(here.mesh.book) == 0
         await island.advertise(name="new")
         island.sequence -= 2
@@ -419,21 +469,14 @@ async def test_adverts_that_are_refused(world) -> None:
 async def test_a_flood_of_adverts_is_turned_away(world) -> None:
     async with world() as here:
         island = await here.island()
-        refused = 0
-        for _ in range(200):
-            island.sequence += 1
-            envelope = island.identity.signer.seal(
-                ADVERT_KIND,
-                IslandAdvert("x", (offered(),)),
-                sequence=island.sequence,
-                expires_unix_ns=UnixNs(unix_now() + SECOND_NS),
-            )
-            try:
-                await island.say(envelope)
-            except CallFailed as error:
-                assert error.code == "busy"
-                refused += 1
-        assert refused > 0
+
+        async def flood_with_adverts() -> None:
+            for _ in range(200):
+                await island.advertise()
+
+        with pytest.raises(NotTaken, match="too-fast"):
+            await flood_with_adverts()
+        await trio.sleep(0.5)
         await island.advertise(name="later")
         known = here.mesh.book.get(island.host.peer)
         assert known is not None
@@ -502,14 +545,13 @@ async def test_a_ready_stream_that_broke_is_not_the_islands_fault(world, ids_of)
         assert known.experience.suspect_until == 0
 
 
-async def test_expired_islands_lose_their_streams(world, monkeypatch) -> None:
-    async with world() as here:
+async def test_silent_islands_lose_their_streams(world) -> None:
+    async with world(island_ttl_ns=2 * SECOND_NS) as here:
         island = await here.island()
         await until(lambda: ready_streams(here, island) == READY_STREAMS)
-        monkeypatch.setattr(here.mesh.book, "_ttl_ns", 0)
         await until(lambda: len(here.mesh.book) == 0)
         await until(lambda: not ready_streams(here, island))
-        await until(lambda: island.host.inbound_streams == 0)
+        await until(lambda: island.host.inbound_streams <= 1)  # the kept link's
 
 
 async def test_speed_is_measured_here(world, scripted_runtime) -> None:

@@ -17,16 +17,24 @@ from cargos.manifest import RuntimeType
 from cargos.runtimes.base import RuntimeFailed, RuntimeSpec
 from node.config import NetworkSettings, NodeSettings
 from node.control import ask_status
+from node.coordination.gossip import ROLE_COORDINATOR
 from node.identity import new_identity
-from node.island import ROLE_COORDINATOR, Island
+from node.island import Island
 from node.p2p import Host, open_host
-from node.peers import open_peers
+from node.peers import Peers, open_peers
 from node.settings import SettingsError
 from node.state import IslandState
-from protocol.adverts import ADVERT, ADVERT_KIND, METHOD_ADVERT, Accepted, Hello, IslandAdvert
-from protocol.codec import Codec
+from protocol.adverts import ADVERT, ADVERT_KIND, Hello, IslandAdvert
+from protocol.coordination import (
+    COORDINATION,
+    METHOD_COORDINATION,
+    AdvertKeep,
+    AdvertPut,
+    AdvertTaken,
+    CoordinationMessage,
+)
 from protocol.dice import Dice
-from protocol.envelope import Envelope, open_untrusted
+from protocol.envelope import open_untrusted
 from protocol.ids import PeerId
 from protocol.instants import UnixNs
 
@@ -34,33 +42,34 @@ from protocol.instants import UnixNs
 class Coordinator:
     """Keeps the adverts that it gets, opened. `deaf`: it answers none."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, peers: Peers) -> None:
         self.host = host
+        self.peers = peers
         self.adverts: list[IslandAdvert] = []
         self.sequences: list[int] = []
         self.deaf = False
+        peers.serve_notice(METHOD_COORDINATION, COORDINATION, self.take)
 
     @property
     def address(self) -> str:
         return self.host.addresses[0]
 
-    async def take(self, peer: PeerId, envelope: Envelope) -> Accepted:
-        opened = open_untrusted(envelope, ADVERT_KIND, ADVERT, UnixNs(0))
-        assert opened.issuer == peer
-        self.adverts.append(opened.body)
-        self.sequences.append(opened.sequence)
-        if self.deaf:
-            await trio.sleep_forever()
-        return Accepted()
+    def take(self, peer: PeerId, message: CoordinationMessage) -> None:
+        if isinstance(message, AdvertPut):
+            opened = open_untrusted(message.envelope, ADVERT_KIND, ADVERT, UnixNs(0))
+            assert opened.issuer == peer
+            self.adverts.append(opened.body)
+            self.sequences.append(opened.sequence)
+        if isinstance(message, AdvertPut | AdvertKeep) and not self.deaf:
+            taken = AdvertTaken(message.call, self.sequences[-1])
+            self.peers.notify(peer, METHOD_COORDINATION, taken)
 
 
 @asynccontextmanager
 async def coordinator() -> AsyncGenerator[Coordinator]:
     hello = Hello("c", "0", (ROLE_COORDINATOR,))
     async with open_host(new_identity()) as host, open_peers(host, hello=hello, dice=Dice(1)) as peers:
-        taker = Coordinator(host)
-        peers.serve(METHOD_ADVERT, Codec(Envelope), taker.take)
-        yield taker
+        yield Coordinator(host, peers)
 
 
 @asynccontextmanager
@@ -123,8 +132,9 @@ async def test_a_deaf_coordinator_delays_no_other(make_island, until) -> None:
             await until(lambda: good.adverts and deaf.adverts)
             await until(lambda: good.adverts[-1].cargos[0].state == "ready")
             before = len(good.adverts)
-            with trio.fail_after(1.5):  # a deaf one is given up after 2 s
+            with trio.fail_after(3):  # a deaf one is given up after 5 s
                 for _ in range(3):
+                    state.jobs.draining = not state.jobs.draining
                     state.jobs._changed()  # noqa: SLF001 - what a job does at its begin and end
                     count = len(good.adverts)
                     while len(good.adverts) == count:  # noqa: ASYNC110 - another host sends us no event
