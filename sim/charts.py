@@ -77,6 +77,20 @@ CHARTS: Final[tuple[Spec, ...]] = (
         "Over the whole run. A long tail is an uneven load.",
         log=True,
     ),
+    _Cdf("Job latency", "jobs", "latency_s", "s", "From the request to its last token.", log=True),
+    _Cdf(
+        "Placement regret", "jobs", "regret_s", "s", "Beyond the best that one who knew all could have chosen."
+    ),
+    _Cdf("Price per job", "jobs", "price_ucr", "micro-credits", "At the Islands' asking prices."),
+    _Lines("Jobs open", "jobs open", "jobs", "Running or queued, all gateways together."),
+    _Lines("Jobs waiting", "jobs waiting for an Island", "jobs", "Nobody known can take them now."),
+    _Lines(
+        "Islands with fewer than two coordinators",
+        "Islands with fewer than two coordinators",
+        "Islands",
+        "Counted in the books of coordinators that live.",
+    ),
+    _Lines("Islands known to gateways", "Islands known per gateway", "Islands", "Mean over gateways."),
     _Cdf("Joining", "joins", "took_ms", "ms", "From the order to join to the table standing."),
 )
 

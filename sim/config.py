@@ -158,6 +158,37 @@ class AttackSettings(Section, frozen=True, kw_only=True):
     victims: Annotated[int, Meta(ge=1, le=10_000)] = 1
 
 
+class JobSettings(Section, frozen=True, kw_only=True):
+    """Islands, coordinators and gateways with jobs (study "jobs"); what of world.nodes is neither coordinator
+    nor gateway is an Island. Speeds and lengths are log-normal: `..._median`, and the sigmas. `policy`: how
+    gateways choose; `two_choices`: draw two of the near-best where the load is known from an old advert.
+    """
+
+    coordinators: Annotated[int, Meta(ge=1, le=1000)] = 3
+    gateways: Annotated[int, Meta(ge=1, le=1000)] = 4
+    cargos: Annotated[int, Meta(ge=1, le=64)] = 5
+    cargos_per_island: Annotated[int, Meta(ge=1, le=16)] = 2
+    policy: Literal["completion", "random", "rtt", "price"] = "completion"
+    two_choices: bool = True
+    decode_tps_median: Annotated[float, Meta(gt=0, le=1e5)] = 20.0
+    decode_sigma: Annotated[float, Meta(ge=0, le=3)] = 0.7
+    prefill_factor: Annotated[float, Meta(gt=0, le=1000)] = 8.0
+    slots: Annotated[int, Meta(ge=1, le=64)] = 4
+    prompt_median: Annotated[float, Meta(gt=0, le=1e5)] = 200.0
+    output_median: Annotated[float, Meta(gt=0, le=1e5)] = 80.0
+    token_sigma: Annotated[float, Meta(ge=0, le=3)] = 0.6
+    price_sigma: Annotated[float, Meta(ge=0, le=3)] = 0.5
+    settle_s: Seconds = 20.0
+
+
+class LossSettings(Section, frozen=True, kw_only=True):
+    """So many coordinators die at once. `silent`: nobody's connection is closed; heartbeats tell."""
+
+    at_s: Seconds
+    coordinators: Annotated[int, Meta(ge=1, le=1000)] = 1
+    silent: bool = True
+
+
 class VariantSettings(Section, frozen=True, kw_only=True):
     """The same scenario with some settings changed: `set` maps dotted names to values."""
 
@@ -170,7 +201,7 @@ class ScenarioSettings(Section, frozen=True, kw_only=True):
 
     title: str
     summary: str = ""
-    study: Literal["dht"] = "dht"
+    study: Literal["dht", "jobs"] = "dht"
     world: WorldSettings = WorldSettings()
     links: LinkSettings = LinkSettings()
     connections: ConnectionSettings = ConnectionSettings()
@@ -181,4 +212,6 @@ class ScenarioSettings(Section, frozen=True, kw_only=True):
     kill: tuple[KillSettings, ...] = ()
     storm: tuple[StormSettings, ...] = ()
     attack: tuple[AttackSettings, ...] = ()
+    jobs: JobSettings = JobSettings()
+    loss: tuple[LossSettings, ...] = ()
     variant: tuple[VariantSettings, ...] = ()

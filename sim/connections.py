@@ -96,6 +96,11 @@ class Connections:
         self._kept.append(OrderedDict())
         self._nat.append(nat)
 
+    def keeps(self, node: int, peer: int) -> bool:
+        """Whether the node has a live connection with the peer."""
+        link = self._kept[node].get(peer)
+        return link is not None and not link.dead
+
     def nat_of(self, node: int) -> Nat:
         return self._nat[node]
 

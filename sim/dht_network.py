@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import struct
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, Protocol, TypeAlias, cast
 
 from dht.coordinates import UNKNOWN
@@ -21,6 +21,7 @@ from dht.messages import DhtMessage, Nodes, Providers, Records
 from dht.policy import DhtPolicy
 from protocol.ids import PeerId, peer_id_of
 from sim.config import DhtSettings
+from sim.coordinates import settle
 from sim.draws import Draws, Stream, machine_stream
 from sim.settings import ScenarioError
 from sim.world import AnyMachine, World
@@ -33,10 +34,6 @@ DHT_SERVICE: Final = 0
 #: Size of a message without lists, and per contact in it, bytes: means of the wire format (tests compare).
 BASE_BYTES: Final = 100
 CONTACT_BYTES: Final = 96
-
-#: Rounds of Vivaldi between random pairs that tables "at rest" begin with. Its error stops falling after some
-#: 30.
-REST_ROUNDS: Final = 32
 
 #: Candidates per place that a table at rest has chosen among, by RTT: `build_tables` takes the nearest k of so
 #: many times k. Networks that really joined and lived for ten minutes come to the same mean RTT of entries
@@ -162,31 +159,23 @@ class DhtNetwork:
     def build_tables(self, progress: Callable[[float], None] | None = None) -> None:
         """Give every node the table and the coordinate that a network at rest would have given it.
 
-        Coordinates: real Vivaldi machines, REST_ROUNDS rounds between random pairs. Tables: of each bucket's
+        Coordinates: real Vivaldi, see `sim.coordinates`. Tables: of each bucket's
         key range k nodes, drawn; in an RTT-aware network the nearest of REST_POOL times k drawn ones; all of
         them verified. The own neighbourhood is complete. No message is sent for this, so no cost of joining can
         be read from it.
         """
         dice = Draws(self.world.seed, Stream.BOOTSTRAP)
         nodes = [node for _, node in self.serving]
-        self._place_coordinates(nodes, dice)
+        machines = {node: self.machine(node) for node in nodes}
+        vivaldis = {
+            node: _core_of(machine).vivaldi for node, machine in machines.items() if machine is not None
+        }
+        self._coordinates = settle(self.world, vivaldis, dice)
         order = [*nodes, *sorted(self.clients)]
         for done, node in enumerate(order):
             self._fill(node, dice)
             if progress is not None and done % 256 == 0:
                 progress(done / len(order))
-
-    def _place_coordinates(self, nodes: Sequence[int], dice: Draws) -> None:
-        world = self.world
-        machines = {node: self.machine(node) for node in nodes}
-        placed = {node: _core_of(machine).vivaldi for node, machine in machines.items() if machine is not None}
-        for _ in range(REST_ROUNDS):
-            for node in nodes:
-                other = nodes[dice.below(len(nodes))]
-                if other != node:
-                    there = placed[other]
-                    placed[node].sample(there.packed, there.error_parts, world.rtt_ns(node, other), dice)
-        self._coordinates = {node: vivaldi.packed for node, vivaldi in placed.items()}
 
     def _fill(self, node: int, dice: Draws) -> None:
         machine = self.machine(node)

@@ -14,6 +14,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Final
@@ -120,12 +121,12 @@ class Links:
         """A synthetic internet over these cities. The same seed gives the same routes."""
         dice = Draws(seed, Stream.INFLATION)
         count = len(cities)
-        places = [_unit_vector(city) for city in cities]
+        distances = _distances_km(tuple(cities))
         table = [0] * (count * count)
         low, high = inflation_pm
         for a in range(count):
             for b in range(a, count):
-                km = SAME_SITE_KM if a == b else _great_circle_km(places[a], places[b])
+                km = distances[a * count + b]
                 inflation_pm_here = low + dice.below(high - low + 1)
                 one_way = round(km / FIBRE_KM_PER_MS * MILLISECOND_NS * inflation_pm_here / 1000.0)
                 table[a * count + b] = table[b * count + a] = one_way
@@ -150,6 +151,23 @@ class Links:
         return Links(table, names, [1] * len(names), loss=loss, jitter_ns=jitter_ns)
 
 
+@cache
+def _distances_km(cities: tuple[City, ...]) -> list[float]:
+    """Between all pairs, row-major; worlds over the same cities share it."""
+    places = [_unit_vector(city) for city in cities]
+    pairs = ((a, b) for a in range(len(cities)) for b in range(len(cities)))
+    known: dict[tuple[int, int], float] = {}
+    table: list[float] = []
+    for a, b in pairs:
+        if b < a:
+            table.append(known[b, a])
+        else:
+            km = SAME_SITE_KM if a == b else _great_circle_km(places[a], places[b])
+            known[a, b] = km
+            table.append(km)
+    return table
+
+
 def _unit_vector(city: City) -> tuple[float, float, float]:
     latitude, longitude = city.latitude * portable.PI / 180.0, city.longitude * portable.PI / 180.0
     level = portable.cos(latitude)
@@ -167,7 +185,7 @@ def _read_csv(file: Path) -> tuple[list[str], list[list[float]]]:
     if not lines:
         raise LinksError(f"{file}: empty; an RTT matrix in milliseconds was expected")
     names: list[str] = []
-    if _number(lines[0][-1]) is None:
+    if all(_number(cell) is None for cell in lines[0]):
         names = [cell.strip() for cell in lines[0]]
         lines = lines[1:]
         if not lines:
