@@ -26,9 +26,11 @@ _MAX_HEIGHT: Final = (1 << 15) - 1
 #: The error travels as parts of 1000; a node that knows nothing says 1000.
 ERROR_SCALE: Final = 1000
 
-#: Vivaldi's constants c_e and c_c, as in the paper.
+#: Vivaldi's constants c_e and c_c, as in the paper; but an unsure node moves faster, up to the whole way: measured, a
+#: network is then placed in 40 samples a node instead of 150.
 _TUNE_ERROR: Final = 0.25
 _TUNE_MOVE: Final = 0.25
+_TUNE_UNSURE: Final = 1.5
 
 #: An access link below 0.1 ms is not told from none; a height of zero could never grow.
 _MIN_HEIGHT_NS: Final = 100_000.0
@@ -36,8 +38,10 @@ _MIN_HEIGHT_NS: Final = 100_000.0
 #: Nobody is believed to be more exact than this: else one peer that claims an error of 0 would move us fully.
 _MIN_REMOTE_ERROR: Final = 0.05
 
-#: One sample moves us at most this far (times c_c): a liar needs many answers, honest ones pull back meanwhile.
+#: One sample moves an unsure node at most this far, a sure one a tenth of it and more in proportion to its error: a
+#: liar needs many answers, honest ones pull back meanwhile.
 _MAX_FORCE_NS: Final = 100.0 * MILLISECOND_NS
+_MIN_FORCE_SHARE: Final = 0.1
 
 #: Longer is not a round trip but a stopped process; shorter than 1 us is a clock's fault.
 _MAX_RTT_NS: Final = 3 * SECOND_NS
@@ -125,7 +129,9 @@ class Vivaldi:
         weight = self.error / (self.error + remote_error)
         tune = _TUNE_ERROR * weight
         self.error = min(max(min(relative, 1.0) * tune + self.error * (1.0 - tune), 0.01), 1.0)
-        force = min(max(rtt - estimate, -_MAX_FORCE_NS), _MAX_FORCE_NS) * _TUNE_MOVE * weight
+        limit = _MAX_FORCE_NS * min(1.0, _MIN_FORCE_SHARE + 2.0 * self.error)
+        move = min(1.0, _TUNE_MOVE + _TUNE_UNSURE * self.error) * weight
+        force = min(max(rtt - estimate, -limit), limit) * move
         if flat < _UNIT_NS:
             # Two at one place must part in some direction; the dice give each node its own.
             dx, dy, dz = (dice.unit() - 0.5 for _ in range(3))
