@@ -128,8 +128,11 @@ class Lab:
 
     def command(self, node: int, argv: Sequence[str | os.PathLike[str]]) -> list[str]:
         """The command that runs `argv` within a node, for other starters; give it `environment`, too."""
-        path = f"/proc/{os.getpid()}/fd/{self._namespaces[self._known(node)].descriptor}"
-        return ["nsenter", f"--net={path}", "--", *(os.fspath(argument) for argument in argv)]
+        return ["nsenter", f"--net={self.namespace(node)}", "--", *(os.fspath(argument) for argument in argv)]
+
+    def namespace(self, node: int) -> str:
+        """The file of a node's namespace, for programs that enter it themselves (setns)."""
+        return f"/proc/{os.getpid()}/fd/{self._namespaces[self._known(node)].descriptor}"
 
     def environment(self, base: Mapping[str, str] | None = None) -> dict[str, str]:
         """`base` (default: ours) with the mark by which processes of this laboratory are found and ended."""
