@@ -60,8 +60,9 @@ _KEY_PREFIX: Final = bytes((0x08, 0x01, 0x12, 0x20))
 class Identified:
     """What a peer says of itself, safe to show. Claims, all of them, but for `peer`.
 
-    `listen`: addresses of kinds that we know, as text, at most MAX_ADDRESSES. `observed`: the address that the
-    peer sees us at, without a peer id; None if it says none or one that we can not read.
+    `listen`: addresses of kinds that we know, as text without the peer's own id, at most MAX_ADDRESSES.
+    `observed`: the address that the peer sees us at, without a peer id; None if it says none, a relay's, or one
+    that we can not read.
     """
 
     peer: PeerId
@@ -173,14 +174,17 @@ def decode_identify_untrusted(data: bytes, peer: PeerId) -> Identified:
     # An empty key is allowed: a push need not repeat it.
     if message.public_key and message.public_key != _KEY_PREFIX + public_key_of_untrusted(peer):
         raise ProtocolError(Fault.WRONG_ISSUER, "identify names another key than the connection's")
+    listen = _known_untrusted(message.listen_addrs[:MAX_ADDRESSES])
     observed = _known_untrusted([message.observed_addr]) if message.observed_addr else ()
+    if observed and "/p2p-circuit" in observed[0]:
+        observed = ()  # a relay's address, not ours
     return Identified(
         peer=peer,
         agent=agent,
         protocol_version=version,
         protocols=protocols,
-        listen=_known_untrusted(message.listen_addrs[:MAX_ADDRESSES]),
-        observed=observed[0] if observed else None,
+        listen=tuple(text.removesuffix(f"/p2p/{peer}") for text in listen),
+        observed=observed[0].partition("/p2p/")[0] if observed else None,
     )
 
 

@@ -266,6 +266,20 @@ def test_claims_are_bounded_and_safe_to_show() -> None:
     assert told.observed is None
 
 
+def test_ids_at_the_ends_of_addresses_are_cut_off() -> None:
+    """js-libp2p appends our own id to what it observed."""
+    relayed = encode_multiaddr(f"/ip4/5.6.7.8/tcp/9/p2p/{new_identity().peer}/p2p-circuit")
+    for observed, expected in (
+        (encode_multiaddr(f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}"), "/ip4/1.2.3.4/tcp/5"),
+        (relayed, None),
+    ):
+        listen = [encode_multiaddr(f"/ip4/9.9.9.9/tcp/1/p2p/{PEER}"), relayed]
+        message = Identify(observed_addr=observed, listen_addrs=listen).SerializeToString()
+        told = decode_identify_untrusted(message, PEER)
+        assert told.observed == expected
+        assert told.listen == ("/ip4/9.9.9.9/tcp/1", decode_multiaddr_untrusted(relayed))
+
+
 async def test_our_own_message_fits_whatever_is_registered() -> None:
     async with open_host(new_identity(), ()) as host:
         for number in range(1000):

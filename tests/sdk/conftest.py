@@ -167,7 +167,7 @@ async def _network(folder: Path, size: int) -> AsyncGenerator[list[Node]]:
         for _ in range(size):
             await nursery.start(live)
         with trio.fail_after(PATIENCE_S):
-            while not all(len(node.tabled()) >= min(size - 1, 5) for node in nodes):  # noqa: ASYNC110 - no event
+            while not all(len(node.tabled()) >= min(size - 1, 8) for node in nodes):  # noqa: ASYNC110 - no event
                 await trio.sleep(0.05)
         yield nodes
         nursery.cancel_scope.cancel()

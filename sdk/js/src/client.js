@@ -13,7 +13,7 @@ import { scopeOfRemote } from './addresses.js'
 import { Dht } from './dht.js'
 import { keyOfName, keyOfRecord } from './keys.js'
 import { sealRecord } from './records.js'
-import { openLink, RPC_PROTOCOL, RpcLink } from './rpc.js'
+import { openLink, pack, RPC_PROTOCOL, RpcLink, unpack } from './rpc.js'
 
 export const VERSION = '0.1.0'
 
@@ -36,11 +36,12 @@ export async function openClient ({ name = 'js-client', seed, listen = [] } = {}
   const privateKey = seed === undefined ? await generateKeyPair('Ed25519') : await generateKeyPairFromSeed('Ed25519', seed)
   const libp2p = await createLibp2p({
     privateKey,
+    nodeInfo: { name: 'archipelag-js', version: VERSION, userAgent: `archipelag-js/${VERSION}` },
     addresses: { listen },
     transports: [tcp()],
     connectionEncrypters: [noise()],
     streamMuxers: [yamux()],
-    services: { identify: identify({ agentVersion: `archipelag-js/${VERSION}` }), ping: ping() },
+    services: { identify: identify(), ping: ping() },
     // What may be dialled is decided where addresses are learnt (addresses.js).
     connectionGater: { denyDialMultiaddr: () => false },
     // Links have heartbeats of their own.
@@ -123,12 +124,13 @@ export class Client {
   }
 
   /**
-   * Call a method of a peer that there is a link to, and wait for its answer's bytes.
-   * @param {string} peer @param {string} method @param {Uint8Array} body @param {{ deadlineMs?: number, signal?: AbortSignal }} [options]
+   * Call a method of a connected peer. Throws CallFailed, LinkLost.
+   * @param {string} peer @param {string} method @param {{ type: string }} message what the method takes
+   * @param {{ deadlineMs?: number, signal?: AbortSignal }} [options] @returns {Promise<object>} its answer
    */
-  async call (peer, method, body, options = {}) {
+  async call (peer, method, message, options = {}) {
     const { link } = await this.#reach({ peer, addresses: [] }, options.signal)
-    return await link.call(method, body, options)
+    return unpack(await link.call(method, pack(message), options))
   }
 
   /**

@@ -18,6 +18,8 @@ const BETA = 3
 const MAX_QUERIES = 100
 /** Candidates that it remembers. */
 const MAX_CANDIDATES = 4 * K
+/** Failures of peers that one peer named, with no success among them, after which the rest of its list is dropped. */
+const MAX_BAD_REFERRALS = 3
 /** How long an answer may take, once there is a link. */
 const ANSWER_MS = 5_000
 /** What one answer may hold; more is not read. */
@@ -126,10 +128,11 @@ export class Dht {
     const candidates = []
     const known = new Set()
     const cost = { queries: 0, failures: 0, milliseconds: 0 }
-    const add = contact => {
+    const blame = new Map() // failures among those that a peer named; -1: one of them answered
+    const add = (contact, referrer) => {
       if (known.has(contact.peer)) return
       known.add(contact.peer)
-      candidates.push({ contact, distance: distance(keyOfPeer(contact.peer), key), state: 'waiting' })
+      candidates.push({ contact, referrer, distance: distance(keyOfPeer(contact.peer), key), state: 'waiting' })
       candidates.sort((a, b) => (a.distance < b.distance ? -1 : 1))
       if (candidates.length > MAX_CANDIDATES) {
         const last = candidates.findLastIndex(candidate => candidate.state === 'waiting')
@@ -138,7 +141,20 @@ export class Dht {
     }
     const seeds = [...this.#links(), ...this.#remembered.values()]
     if (seeds.length === 0) throw new Error('not connected to anybody: connect to a peer of the network first')
-    seeds.forEach(add)
+    for (const contact of seeds) add(contact, null)
+    const noteFailure = candidate => {
+      candidate.state = 'failed'
+      cost.failures++
+      this.#remembered.delete(candidate.contact.peer)
+      const { referrer } = candidate
+      const failures = blame.get(referrer) ?? 0
+      if (referrer === null || failures < 0) return
+      blame.set(referrer, failures + 1)
+      if (failures + 1 < MAX_BAD_REFERRALS) return
+      for (const other of candidates) {
+        if (other.referrer === referrer && other.state === 'waiting') other.state = 'failed'
+      }
+    }
     const open = new Set()
     let enough = false
     for (;;) {
@@ -153,14 +169,12 @@ export class Dht {
         const type = { find: 'nodes', get: 'records', who: 'providers' }[query().type]
         const asking = this.#ask(next.contact, query(), type, signal).then(async ({ answer, scope }) => {
           next.state = 'answered'
+          blame.set(next.referrer, -1)
           this.#remember(next.contact)
-          contactsOf(answer.n, scope).slice(0, K).filter(contact => contact.addresses.length > 0).forEach(add)
+          const told = contactsOf(answer.n, scope).slice(0, K).filter(contact => contact.addresses.length > 0)
+          for (const contact of told) add(contact, next.contact.peer)
           if (await note(answer, scope)) enough = true
-        }).catch(() => {
-          next.state = 'failed'
-          cost.failures++
-          this.#remembered.delete(next.contact.peer)
-        }).finally(() => open.delete(asking))
+        }).catch(() => noteFailure(next)).finally(() => open.delete(asking))
         open.add(asking)
       } else if (open.size > 0) {
         await Promise.race(open)

@@ -132,13 +132,13 @@ export class RpcLink {
     const call = this.#nextNumber++
     const { promise, resolve, reject } = Promise.withResolvers()
     this.#calls.set(call, { resolve, reject })
-    const give_up = error => {
+    const giveUp = error => {
       if (!this.#calls.delete(call)) return
       if (!this.lost) this.#send({ type: 'c', call })
       reject(error)
     }
-    const timer = setTimeout(() => give_up(new CallFailed('deadline', `no answer to ${method} in ${deadlineMs} ms`)), deadlineMs)
-    const onAbort = () => give_up(signal.reason)
+    const timer = setTimeout(() => giveUp(new CallFailed('deadline', `no answer to ${method} in ${deadlineMs} ms`)), deadlineMs)
+    const onAbort = () => giveUp(signal.reason)
     signal?.addEventListener('abort', onAbort, { once: true })
     this.#send({ type: 'q', call, method, deadline_ms: deadlineMs, body })
     try {
