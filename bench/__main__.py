@@ -12,6 +12,8 @@ BENCHMARKS = {
     "engine": "an Island's tokens/s at 1, 4, 8 streams against bare llama.cpp",
     "latency": "how much later a token arrives because of a gateway: ours and LiteLLM",
     "overhead": "what gateway and mesh add to an answer, beside what LiteLLM adds",
+    "gossip": "delivery, latency and cost of our gossip against gossipsub while 30 % of the nodes die",
+    "attacks": "what each attack on karma brings, against honest work",
     "continuation": "how often a continuation equals the undisturbed run",
 }
 

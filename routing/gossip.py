@@ -86,6 +86,8 @@ _ANSWER_BYTES: Final = 256 * KIB
 _INVALID_STRIKES: Final = 4
 #: A new neighbour is compared with within this time, so that those who come at once do not do so at once.
 _GREETING_NS: Final = 500 * MILLISECOND_NS
+#: So many pushes in a row that came later than others': then its pushes are not needed.
+_USELESS_PUSHES: Final = 4
 #: A neighbour is told to prune at most this often: what was under way when it was told is not its fault.
 _PRUNE_NS: Final = SECOND_NS
 #: Expired items are looked for at most this often.
@@ -214,7 +216,9 @@ class GossipMachine(Generic[P]):
         opening = self._openers[item.kind](item, self._unix(now))
         if not any(n.eager for n in self._neighbours.values()):
             self._promote_one()
-        self._hold(now, item, item.id, opening.expires_unix_ns, None)
+        item_id = item.id
+        self._recent.count(item_id)
+        self._hold(now, item, item_id, opening.expires_unix_ns, None)
 
     # --- what neighbours say --------------------------------------------------------------------
 
@@ -283,14 +287,12 @@ class GossipMachine(Generic[P]):
                 neighbour.broken = max(0, neighbour.broken - 1)
             elif not self._pays(now, neighbour, 1):
                 continue
-            if self.store.get(item_id) is not None or item_id in self._recent:
+            copies = self._recent.count(item_id)
+            if not solicited:
+                self._judge_pushes(now, neighbour, copies)
+            if copies > 1:
                 neighbour.lazy.pop(item_id, None)
-                if not solicited:
-                    self._repeated(now, neighbour)
                 continue
-            if not solicited and not neighbour.pushes:
-                neighbour.pushes = True
-            self._recent.add(item_id)
             self._open(now, neighbour, item, item_id)
 
     def _open(self, now: Instant, neighbour: Neighbour[P], item: Item, item_id: int) -> None:
@@ -332,7 +334,6 @@ class GossipMachine(Generic[P]):
             return False
         if not self.store.put(item, item_id, expires):
             return False
-        self._recent.add(item_id)
         self._plan_expiry(now)
         for neighbour in self._neighbours.values():
             if neighbour is source:
@@ -344,14 +345,17 @@ class GossipMachine(Generic[P]):
                 self._lazy_at = self._lazy_at or after(now, self._policy.lazy_ns)
         return True
 
-    def _repeated(self, now: Instant, neighbour: Neighbour[P]) -> None:
-        """It pushed what others had pushed: it need not, if enough others do."""
-        if not neighbour.pushes and neighbour.pruned_at is None:
-            neighbour.pushes = True
-        if neighbour.pruned_at is not None and now - neighbour.pruned_at < _PRUNE_NS:
+    def _judge_pushes(self, now: Instant, neighbour: Neighbour[P], copies: int) -> None:
+        """Enough others are always faster: it need not push. Who is first for some items is not silenced for
+        others.
+        """
+        if copies <= self._policy.redundancy:
+            neighbour.useless = 0
             return
-        if sum(n.pushes for n in self._neighbours.values()) > self._policy.redundancy:
-            neighbour.pushes = False
+        neighbour.useless += 1
+        told = neighbour.pruned_at
+        if neighbour.useless >= _USELESS_PUSHES and (told is None or now - told >= _PRUNE_NS):
+            neighbour.useless = 0
             neighbour.pruned_at = now
             self._send(neighbour.peer, Prune())
 

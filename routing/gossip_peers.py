@@ -134,10 +134,9 @@ class Neighbour(Generic[P]):
     outbound: Budget
     strikes_at: Instant
     eager: bool = False
-    pushes: bool = False
     strikes: int = 0
+    useless: int = 0
     asked: int = 0
-    announced: int = 0
     broken: int = 0
     graft: bool = False
     awaits_sums: bool = False

@@ -137,21 +137,23 @@ class ItemStore:
 
 
 class RecentIds:
-    """Ids that need not be asked for (again): held, superseded, refused or expired. The oldest are forgotten
-    first; to forget one costs at most a repeated transfer.
+    """Items that need not be asked for (again): held, superseded, refused or expired; and how often each
+    came. The oldest are forgotten first; to forget one costs at most a repeated transfer.
     """
 
     def __init__(self, capacity: int) -> None:
-        self._ids: OrderedDict[int, None] = OrderedDict()
+        self._copies: OrderedDict[int, int] = OrderedDict()
         self._capacity = capacity
 
     def __contains__(self, item_id: int) -> bool:
-        return item_id in self._ids
+        return item_id in self._copies
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._copies)
 
-    def add(self, item_id: int) -> None:
-        self._ids[item_id] = None
-        if len(self._ids) > self._capacity:
-            self._ids.popitem(last=False)
+    def count(self, item_id: int) -> int:
+        """It came (once more); how often by now."""
+        copies = self._copies[item_id] = self._copies.get(item_id, 0) + 1
+        if len(self._copies) > self._capacity:
+            self._copies.popitem(last=False)
+        return copies
