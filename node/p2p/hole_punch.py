@@ -5,8 +5,9 @@ Each side tells where others see its listening port, and then dials from that po
 other's SYN for the answer to its own. The TCP connection that arises has no dialler, so the roles are fixed:
 who dialled through the relay speaks first, also when one side's listener gets the connection after all.
 
-A remote says where we dial: only public addresses are tried (others only if both sit behind the same public
-one), few, and not often.
+A remote says where we dial, so that we could be aimed at others: only public addresses are tried (of others
+those in our own network, if both seem to sit behind the same public one), few of them, not often, and no more
+once somebody else answers there.
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ EXCHANGE_S: Final = 10.0
 
 #: A dial that is refused (a NAT that answers instead of dropping) is repeated until PUNCH_S is over.
 _AGAIN_S: Final = 0.2
+
+#: Somebody answers there and is not the peer: one more try, as the peer's other dial may have cut across.
+_MAX_STRANGERS: Final = 2
+
+#: Addresses with so many leading bits in common are taken for one home network.
+_HOME_BITS: Final = {4: 24, 6: 64}
 
 #: Addresses of one peer that are dialled: its IPv4, its IPv6, and what a second relay saw.
 _MAX_TARGETS: Final = 4
@@ -221,16 +228,23 @@ class HolePuncher:
                 stop()
 
     async def _punch_one(self, peer: PeerId, target: Address, speaks_first: bool) -> None:  # noqa: FBT001 - start_soon
-        while not self._is_direct(peer):
+        strangers = 0
+        while strangers < _MAX_STRANGERS and not self._is_direct(peer):
             try:
                 transport = SocketTransport(await dial(target, source_for(target, self._host.endpoints)))
+            except (OSError, PortBusy) as error:
+                _log.debug("no hole yet", peer=peer, target=str(target), reason=str(error))
+                await trio.sleep(_AGAIN_S)
+                continue
+            try:
                 if speaks_first:
                     await self._host.join_outbound(transport, peer, Path(from_listener=True))
                 else:
                     path = Path(inbound=True, from_listener=True)
                     await self._host.join_inbound(transport, path, expected=peer)
-            except (OSError, PortBusy, Unreachable) as error:
-                _log.debug("no hole yet", peer=peer, target=str(target), reason=str(error))
+            except Unreachable as error:
+                _log.debug("not the peer", peer=peer, target=str(target), reason=error.reason)
+                strangers += 1
                 await trio.sleep(_AGAIN_S)
 
     def _targets(self, addresses: Sequence[str]) -> list[Address]:
@@ -244,21 +258,28 @@ class HolePuncher:
             if address.relay is None and address.kind in {"ip4", "ip6"} and address.port:
                 found.append(Address(address.kind, address.host, address.port))
         neighbours = any(address.host in self._own.ips() for address in found)
-        mine = {text.partition("/p2p/")[0] for text in self._host.listening}
+        mine = [parse_address(text) for text in self._host.listening]
         wanted = [
-            address
-            for address in dict.fromkeys(found)
-            if str(address) not in mine
+            target
+            for target in dict.fromkeys(found)
+            if not any((own.host, own.port) == (target.host, target.port) for own in mine)
             and (
-                is_public(address)
+                is_public(target)
                 or self._private_addresses
-                or (neighbours and not ipaddress.ip_address(address.host).is_loopback)
+                or (neighbours and any(_at_home(own, target) for own in mine))
             )
         ]
         return wanted[:_MAX_TARGETS]
 
     def _is_direct(self, peer: PeerId) -> bool:
         return any(map(is_direct, self._host.paths(peer)))
+
+
+def _at_home(own: Address, other: Address) -> bool:
+    here, there = ipaddress.ip_address(own.host), ipaddress.ip_address(other.host)
+    if here.version != there.version or there.is_loopback:
+        return False
+    return there in ipaddress.ip_network((here, _HOME_BITS[here.version]), strict=False)
 
 
 async def _send(stream: Stream, message: PunchMessage) -> None:

@@ -191,6 +191,10 @@ class Nat:
         if self._config.assume is not None:
             self._learned()
             return
+        if not self._host.endpoints:
+            self._verdicts.belief = Reachability.PRIVATE  # it listens nowhere
+            self._learned()
+            return
         while True:
             asked = await self._ask_round()
             wait_s = self._config.unsettled_s if asked else float("inf")

@@ -21,8 +21,8 @@ PEER = Path(__file__).with_name("nat_peer.py")
 ROOT = Path(__file__).parents[3]
 PREFIX = "archi-nat"
 
-#: Real-looking addresses, because the code treats documentation and private ranges as not public. Nothing leaves
-#: the namespaces.
+#: Real-looking addresses, because the code treats documentation and private ranges as not public. Nothing
+#: leaves the namespaces.
 PUBLIC = "5.6.7"
 PORT = 4001
 
@@ -119,7 +119,7 @@ class Peer:
         """Its state, as soon as that holds."""
         state: dict = {}
         with trio.move_on_after(within_s):
-            while not condition(state := await self("status")):
+            while not condition(state := await self("status")):  # noqa: ASYNC110 - in another process
                 await trio.sleep(0.1)
             return state
         pytest.fail(f"not within {within_s} s: {state}")

@@ -1,7 +1,7 @@
 """A peer with NAT traversal, in a process of its own; a test runs it in a network namespace.
 
-Arguments: seed, listen address, NatConfig's fields as JSON. It prints its peer id, then answers each line of JSON
-on standard input with one line.
+Arguments: seed, listen address, NatConfig's fields as JSON. It prints its peer id, then answers each line of
+JSON on standard input with one line.
 """
 
 from __future__ import annotations
