@@ -6,7 +6,7 @@ import errno
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,27 +83,22 @@ async def run_gateway(
         open_host(identity, mesh_settings.listen) as host,
         open_peers(host, hello=hello, dice=dice) as peers,
         open_overlay(host, peers, OverlayConfig(settings.data_path, ways_in), identity) as overlay,
-        AsyncExitStack() as stack,
+        nullcontext(CoordinationPort(peers)) as port,
+        open_coordinator(host, peers, overlay, port=port, signer=identity.signer, config=config) as coordinator,
+        open_mesh(
+            host,
+            peers,
+            overlay,
+            coordinator=coordinator,
+            port=port,
+            signer=identity.signer,
+            policy=settings.jobs.policy,
+            now=monotonic_now,
+            unix_now=unix_now,
+            requirements=requirements,
+        ) as mesh,
         trio.open_nursery() as nursery,
     ):
-        port = CoordinationPort(peers)
-        coordinator = await stack.enter_async_context(
-            open_coordinator(host, peers, overlay, port=port, signer=identity.signer, config=config)
-        )
-        mesh = await stack.enter_async_context(
-            open_mesh(
-                host,
-                peers,
-                overlay,
-                coordinator=coordinator,
-                port=port,
-                signer=identity.signer,
-                policy=settings.jobs.policy,
-                now=monotonic_now,
-                unix_now=unix_now,
-                requirements=requirements,
-            )
-        )
         serve_identify(host, agent=AGENT)
         serve_ping(host)
         methods = ControlMethods()
