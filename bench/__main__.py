@@ -14,6 +14,7 @@ BENCHMARKS = {
     "overhead": "what gateway and mesh add to an answer, beside what LiteLLM adds",
     "gossip": "delivery, latency and cost of our gossip against gossipsub while 30 % of the nodes die",
     "attacks": "what each attack on karma brings, against honest work",
+    "lab": "how exactly the delay laboratory delays, beside the kernel's own path",
     "continuation": "how often a continuation equals the undisturbed run",
 }
 
