@@ -103,10 +103,14 @@ class Counters(Part, frozen=True, gc=False, array_like=True):
 
 
 class Past(Part, frozen=True, gc=False, array_like=True):
-    """All epochs before the statement's, folded and decayed to its beginning, in work units."""
+    """All epochs before the statement's, folded and decayed to its beginning, in work units.
 
-    credit_units: Counter = 0
-    debit_units: Counter = 0
+    `merit_units`: work less broken promises, at most the credit cap; may be negative. `lie_units`: the price of
+    proven lies, which work does not wash off.
+    """
+
+    merit_units: Annotated[int, Meta(ge=-MAX_COUNTER, le=MAX_COUNTER)] = 0
+    lie_units: Counter = 0
     attested_units: Counter = 0
 
 
@@ -178,8 +182,8 @@ class KarmaPolicy:
     """Work below the threshold counts 1.5 times (product)."""
 
     credit_cap_units: int = 40 * HOUR_UNITS
-    """What one issuer can credit to one subject at most: a working week. More stock would only be a sleeper's
-    booty; beyond it karma would measure age. It also bounds what an untrue issuer can give
+    """The most that a peer can save up, with one issuer and with all together: a working week. More stock would
+    only be a sleeper's booty; beyond it karma would measure age. It also bounds what an untrue issuer can give
     (routing/trust.py)."""
 
     debit_cap_units: int = 80 * HOUR_UNITS
@@ -194,10 +198,12 @@ class KarmaPolicy:
     """A hanging one costs the consumer seconds, until the stall limit."""
 
     audit_failed_units: int = 5 * HOUR_UNITS
-    """May be honest numerics, so it does not ruin; two or three in the time of a threshold do."""
+    """May be honest numerics, so it does not ruin; one in a hundred jobs does, unless the machine is very
+    fast."""
 
     lie_units: int = 40 * HOUR_UNITS
-    """A proven lie takes all that one issuer can credit: no stock of good work outweighs it."""
+    """A proven lie takes all that can be saved up. Unlike the others it is not netted against work of the
+    same time, of which a fast machine does much, but only fades."""
 
     def epoch_at(self, now: UnixNs) -> int:
         return now // self.epoch_ns
@@ -208,16 +214,16 @@ class KarmaPolicy:
         return (epoch << SEQUENCE_BITS) | (rest << SEQUENCE_BITS) // self.epoch_ns
 
     def worth(self, counters: Counters, past: Past) -> Past:
-        """Counters and past in one, in work units, each at most its cap."""
+        """Counters and past in one, in work units, within the caps."""
         price = (
             counters.failures * self.failure_units
             + counters.timeouts * self.timeout_units
             + counters.audits_failed * self.audit_failed_units
-            + counters.lies * self.lie_units
         )
+        merit = past.merit_units + counters.work_units - price
         return Past(
-            min(self.credit_cap_units, past.credit_units + counters.work_units),
-            min(self.debit_cap_units, past.debit_units + price),
+            max(-self.debit_cap_units, min(self.credit_cap_units, merit)),
+            min(self.debit_cap_units, past.lie_units + counters.lies * self.lie_units),
             min(self.credit_cap_units, past.attested_units + counters.attested_units),
         )
 
@@ -225,6 +231,8 @@ class KarmaPolicy:
         """What is left of `units` after so many epochs; all of it if `epochs` is not positive."""
         if epochs <= 0:
             return units
+        if units < 0:
+            return -self.decayed(-units, epochs)
         halvings, rest = divmod(epochs, self.half_life_epochs)
         return units * _root_of_half(rest, self.half_life_epochs) >> (_ROOT_BITS + min(halvings, 64))
 
@@ -232,8 +240,8 @@ class KarmaPolicy:
         """The past, as of so many epochs later."""
         worth = self.worth(counters, past)
         return Past(
-            self.decayed(worth.credit_units, epochs),
-            self.decayed(worth.debit_units, epochs),
+            self.decayed(worth.merit_units, epochs),
+            self.decayed(worth.lie_units, epochs),
             self.decayed(worth.attested_units, epochs),
         )
 
@@ -241,10 +249,16 @@ class KarmaPolicy:
         """What a statement is worth in a later epoch."""
         return self.fold_counts(statement.counters, statement.past, epoch - statement.epoch)
 
-    def net_units(self, statement: Statement[Any], epoch: int) -> int:
-        """Its value for the subject in this epoch: between -debit_cap_units and credit_cap_units."""
+    def for_and_against(self, statement: Statement[Any], epoch: int) -> tuple[int, int]:
+        """(credit, debit) of a statement in this epoch, work units, each at most its cap and not negative."""
         past = self.fold(statement, epoch)
-        return past.credit_units - past.debit_units
+        return max(0, past.merit_units), min(self.debit_cap_units, past.lie_units - min(0, past.merit_units))
+
+    def net_units(self, credit_units: int, debit_units: int) -> int:
+        """Of weighted sums over issuers. The cap holds for all together: who has many to praise it could
+        otherwise afford to cheat one.
+        """
+        return min(self.credit_cap_units, credit_units) - debit_units
 
     def points_mpt(self, net_units: int) -> int:
         """Thousandths of a point for so many net hours: 1.5 a unit of work below the threshold, 1 above."""

@@ -66,7 +66,8 @@ class KarmaStore(Generic[P]):
             limits.statements, limits.of_strangers, limits.per_issuer, self._trust.__contains__
         )
         self._about: dict[P, dict[P, None]] = {}  # subject -> issuers, in order of arrival
-        self._attested: dict[tuple[P, P], None] = {}  # statements that are edges of the trust graph
+        self._attested: dict[P, dict[P, None]] = {}  # issuer -> subjects: the edges of the trust graph
+        self._rows: dict[P, dict[P, int]] = {}  # the same in this epoch's units, as far as they were asked for
         self._changed = True
 
     def __len__(self) -> int:
@@ -89,12 +90,11 @@ class KarmaStore(Generic[P]):
         self._forget(gone)
         if self._said.get(statement.issuer, statement.subject) is None:
             return Merge.REFUSED
-        pair = (statement.issuer, statement.subject)
         if statement.counters.attested_units or statement.past.attested_units:
-            self._attested[pair] = None
-            self._changed = True
-        elif self._attested.pop(pair, ()) is None:
-            self._changed = True
+            self._attested.setdefault(statement.issuer, {})[statement.subject] = None
+            self._edge_changed(statement.issuer)
+        else:
+            self._unattest(statement.issuer, statement.subject)
         return Merge.CONTRADICTS if contradiction else Merge.NEW
 
     def about(self, subject: P) -> Iterator[Statement[P]]:
@@ -127,14 +127,16 @@ class KarmaStore(Generic[P]):
     def standing(self, subject: P, epoch: int) -> Standing:
         """The peer's karma in this epoch; 0 points if nothing is known."""
         self._refresh(epoch)
-        weighed = issuers = 0
+        credit = debit = issuers = 0
         for issuer in self._about.get(subject, ()):
             trust = self._trust.get(issuer, 0)
             statement = self._said.get(issuer, subject)
             if trust and statement is not None:
-                weighed += trust * self.policy.net_units(statement, epoch)
+                good, bad = self.policy.for_and_against(statement, epoch)
+                credit += trust * good
+                debit += trust * bad
                 issuers += 1
-        net_units = weighed // FULL
+        net_units = self.policy.net_units(credit // FULL, -(-debit // FULL))
         return Standing(self.policy.points_mpt(net_units), net_units, issuers)
 
     def points_mpt(self, subject: P, epoch: int) -> int:
@@ -160,25 +162,28 @@ class KarmaStore(Generic[P]):
             self._unlink(issuer, subject)
         return len(late)
 
-    def _edges(self, epoch: int) -> dict[P, dict[P, int]]:
-        """Who verified how much of whose statements."""
-        edges: dict[P, dict[P, int]] = {}
-        for issuer, subject in self._attested:
-            statement = self._said.get(issuer, subject)
-            if statement is None:
-                continue
-            past = self.policy.fold(statement, epoch)
-            units = past.attested_units - past.debit_units
-            if units > 0:
-                edges.setdefault(statement.issuer, {})[statement.subject] = units
-        return edges
+    def _row(self, issuer: P) -> dict[P, int]:
+        """Whose statements the issuer verified, and how much of them, less what it holds against them."""
+        row = self._rows.get(issuer)
+        if row is None:
+            row = self._rows[issuer] = {}
+            for subject in self._attested.get(issuer, ()):
+                statement = self._said.get(issuer, subject)
+                if statement is not None:
+                    past = self.policy.fold(statement, self._trust_epoch or 0)
+                    units = past.attested_units - past.lie_units + min(0, past.merit_units)
+                    if units > 0:
+                        row[subject] = units
+        return row
 
     def _refresh(self, epoch: int) -> None:
         """Trust is drawn anew when statements or seeds changed, at most once for many merges in a row."""
         if not self._changed and self._trust_epoch == epoch:
             return
+        if self._trust_epoch != epoch:
+            self._rows.clear()
         self._changed, self._trust_epoch = False, epoch
-        drawn = trust_of(self._seeds, self._edges(epoch), self._trust_policy, self._barred.keys())
+        drawn = trust_of(self._seeds, self._row, self._trust_policy, self._barred.keys())
         if drawn.keys() != self._trust.keys():
             self._trust.clear()
             self._trust.update(drawn)
@@ -201,10 +206,22 @@ class KarmaStore(Generic[P]):
             self._unlink(issuer, subject)
 
     def _unlink(self, issuer: P, subject: P) -> None:
-        if self._attested.pop((issuer, subject), ()) is None:
-            self._changed = True
+        self._unattest(issuer, subject)
         issuers = self._about.get(subject)
         if issuers is not None:
             issuers.pop(issuer, None)
             if not issuers:
                 del self._about[subject]
+
+    def _unattest(self, issuer: P, subject: P) -> None:
+        subjects = self._attested.get(issuer)
+        if subjects is not None and subjects.pop(subject, ()) is None:
+            if not subjects:
+                del self._attested[issuer]
+            self._edge_changed(issuer)
+
+    def _edge_changed(self, issuer: P) -> None:
+        """Only edges of the trusted matter; a stranger's are read when it becomes trusted."""
+        self._rows.pop(issuer, None)
+        if issuer in self._trust:
+            self._changed = True

@@ -29,7 +29,7 @@ over the monetization threshold on the word of S alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -57,13 +57,13 @@ class TrustPolicy:
 
 def trust_of(
     seeds: Mapping[P, int],
-    edges: Mapping[P, Mapping[P, int]],
+    edges: Callable[[P], Mapping[P, int]],
     policy: TrustPolicy,
     barred: Collection[P] = (),
 ) -> dict[P, int]:
     """Trust by peer, 0 < trust <= FULL; peers without trust are absent.
 
-    `seeds`: weights up to FULL. `edges`: issuer -> subject -> verified units, not negative; edges to oneself
+    `seeds`: weights up to FULL. `edges(issuer)`: verified units by subject, not negative; edges to oneself
     count nothing. `barred`: peers that nothing flows to (proven liars), not even as seeds. The result does not
     depend on any iteration order.
     """
@@ -73,9 +73,7 @@ def trust_of(
     for _ in range(policy.steps):
         flowing: dict[P, int] = {}
         for issuer, mass in arrived.items():
-            out = edges.get(issuer)
-            if not out:
-                continue
+            out = edges(issuer)
             total = max(policy.floor_units, sum(units for peer, units in out.items() if peer != issuer))
             passed = mass * policy.damping_percent
             for peer, units in out.items():

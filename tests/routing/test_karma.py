@@ -32,7 +32,7 @@ START = UnixNs(EPOCH * POLICY.epoch_ns)
 
 small = st.integers(0, 5)
 counters = st.builds(Counters, *[small] * 7)
-pasts = st.builds(Past, small, small, small)
+pasts = st.builds(Past, st.integers(-5, 5), small, small)
 #: Whatever a lying issuer may sign: equal numbers with different content, counters that go back.
 statements = st.builds(
     Statement[int],
@@ -122,8 +122,12 @@ def test_negative_work_is_our_bug() -> None:
 # --- points ---------------------------------------------------------------------------------------
 
 
+def net(statement: Statement[int], epoch: int = EPOCH) -> int:
+    return POLICY.net_units(*POLICY.for_and_against(statement, epoch))
+
+
 def points(statement: Statement[int], epoch: int = EPOCH) -> int:
-    return POLICY.points_mpt(POLICY.net_units(statement, epoch))
+    return POLICY.points_mpt(net(statement, epoch))
 
 
 def test_the_products_figures() -> None:
@@ -137,27 +141,23 @@ def test_the_products_figures() -> None:
 
 
 def test_penalties_are_ordered_and_a_lie_outweighs_any_credit() -> None:
-    full = stated(work_units=10**15)
-    assert points(full) == 43_333
+    full = POLICY.credit_cap_units
+    assert points(stated(work_units=full)) == points(stated(work_units=10**15)) == 43_333
     costs = [
-        points(full) - points(msgspec.structs.replace(full, counters=Counters(10**15, **{name: 1})))
+        43_333 - points(stated(work_units=full, **{name: 1}))
         for name in ("failures", "timeouts", "audits_failed", "lies")
     ]
     assert costs == sorted(costs)
-    assert costs[0] > 0
-    assert points(full) - costs[3] <= 0
+    assert costs[0] == 100
+    assert costs[3] == 43_333
 
 
 @given(st.integers(0, 50), st.integers(0, 50))
 def test_an_hours_penalty_costs_exactly_an_hours_work(worked_h: int, penalty_tenths: int) -> None:
     """Wherever one stands, below zero or above the threshold (below the cap: 25 + 5 of 40 hours here)."""
-    before = POLICY.net_units(stated(work_units=worked_h * HOUR_UNITS // 2), EPOCH)
-    after = POLICY.net_units(
-        stated(
-            work_units=worked_h * HOUR_UNITS // 2 + penalty_tenths * HOUR_UNITS // 10, failures=penalty_tenths
-        ),
-        EPOCH,
-    )
+    before = net(stated(work_units=worked_h * HOUR_UNITS // 2))
+    redone = worked_h * HOUR_UNITS // 2 + penalty_tenths * HOUR_UNITS // 10
+    after = net(stated(work_units=redone, failures=penalty_tenths))
     assert after == before
 
 
@@ -182,6 +182,19 @@ def test_scores_move_the_right_way(said: Counters, past: Past, age: int, name: s
 @given(st.integers(-(10**12), 10**12), st.integers(0, 10**12))
 def test_points_grow_with_net_work(net: int, more: int) -> None:
     assert POLICY.points_mpt(net) <= POLICY.points_mpt(net + more)
+
+
+def test_much_work_does_not_wash_off_a_lie_but_makes_good_for_failures() -> None:
+    """A fast machine: a hundred hours' work in an epoch, fifty failures, or one proven lie."""
+    assert points(stated(work_units=100 * HOUR_UNITS, failures=50)) == points(
+        stated(work_units=100 * HOUR_UNITS)
+    )
+    assert points(stated(work_units=100 * HOUR_UNITS, lies=1)) == 0
+
+
+def test_all_praise_together_is_worth_no_more_than_a_week() -> None:
+    assert POLICY.net_units(10 * POLICY.credit_cap_units, 0) == POLICY.credit_cap_units
+    assert POLICY.net_units(10 * POLICY.credit_cap_units, POLICY.lie_units) == 0
 
 
 # --- decay ----------------------------------------------------------------------------------------
@@ -243,7 +256,7 @@ def test_the_past_is_folded_at_the_turn_of_an_epoch() -> None:
     witness.saw(at(0, EPOCH + 112), 2, work_units=7)
     [later] = witness.due(at(0, EPOCH + 112))
     assert later.counters == Counters(7)
-    assert later.past == POLICY.fold(first, EPOCH + 112) == Past(HOUR_UNITS // 2, HOUR_UNITS // 20, 0)
+    assert later.past == POLICY.fold(first, EPOCH + 112) == Past(HOUR_UNITS * 9 // 20, 0, 0)
     assert not contradict(first, later)
     assert join(first, later) == later
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from routing.gossip_quota import QuotaMap
 from routing.karma import HOUR_UNITS, SEQUENCE_BITS, Counters, KarmaPolicy, Merge, Past, Statement
 from routing.karma_store import KarmaStore, StoreLimits
-from routing.trust import FULL
+from routing.trust import FULL, TrustPolicy, attack_flow
 
 EPOCH = 80_000
 ME, SEED, ISLAND = 0, 1, 50
@@ -105,6 +105,64 @@ def test_work_as_an_island_buys_no_belief() -> None:
     store.merge(stated(9, work_units=40 * HOUR_UNITS), EPOCH)
     assert store.trust(9, EPOCH) == 0
     assert store.points_mpt(ISLAND, EPOCH) == 0
+
+
+def test_who_cheats_one_can_not_hide_behind_the_praise_of_many() -> None:
+    store = KarmaStore(ME, dict.fromkeys(range(1, 6), FULL))
+    for issuer in range(6):
+        store.merge(stated(issuer, work_units=100 * HOUR_UNITS, lies=int(issuer == 3)), EPOCH)
+    assert store.points_mpt(ISLAND, EPOCH) <= 0
+
+
+REGION = range(10, 20)
+honest_words = st.lists(
+    st.tuples(
+        st.integers(0, 4),
+        st.sampled_from([0, 1, 2, 3, 4, *REGION, 50, 51]),
+        st.integers(0, 60),
+        st.integers(0, 60),
+    ),
+    max_size=40,
+)
+region_words = st.lists(
+    st.tuples(
+        st.sampled_from(REGION),
+        st.sampled_from([0, 1, 2, 3, 4, *REGION, 50, 51]),
+        st.integers(0, 60),
+        st.integers(0, 60),
+        st.integers(0, 3),
+    ),
+    max_size=60,
+)
+
+
+@given(honest_words, region_words)
+def test_what_a_region_can_do_to_anybody_is_bounded(
+    honest: list[tuple[int, int, int, int]], region: list[tuple[int, int, int, int, int]]
+) -> None:
+    """The guarantee at the end of routing.trust, in hours of karma: whatever the region states about Islands,
+    itself or honest coordinators.
+    """
+    seeds = {ME: FULL, SEED: FULL // 2}
+    store = KarmaStore(ME, seeds)
+    for issuer, subject, attested, work in {(i, s): (i, s, a, w) for i, s, a, w in honest}.values():
+        store.merge(
+            stated(issuer, subject, attested_units=attested * HOUR_UNITS, work_units=work * HOUR_UNITS), EPOCH
+        )
+    before = [store.standing(island, EPOCH).net_units for island in (50, 51)]
+    graph = {issuer: store._row(issuer) for issuer in range(5)}
+    policy = TrustPolicy()
+    bound = (
+        attack_flow(seeds, graph, REGION, policy) * policy.damping_percent // (100 - policy.damping_percent) + 1
+    )
+    said = {(i, s): (i, s, a, w, lies) for i, s, a, w, lies in region}
+    for issuer, subject, attested, work, lies in said.values():
+        counters = {"attested_units": attested * HOUR_UNITS, "work_units": work * HOUR_UNITS, "lies": lies}
+        store.merge(stated(issuer, subject, **counters), EPOCH)
+    after = [store.standing(island, EPOCH).net_units for island in (50, 51)]
+    for old, new in zip(before, after, strict=True):
+        assert new - old <= bound * POLICY.credit_cap_units // FULL + 2
+        assert old - new <= bound * POLICY.debit_cap_units // FULL + 2
 
 
 def test_a_proven_liar_is_believed_no_more() -> None:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from routing import trust as routing_trust
 from routing.karma import HOUR_UNITS, KarmaPolicy
-from routing.trust import FULL, TrustPolicy, attack_flow, trust_of
+from routing.trust import FULL, TrustPolicy, attack_flow
 
 POLICY = TrustPolicy()
+
+
+def trust_of(
+    seeds: Mapping[int, int],
+    graph: Mapping[int, Mapping[int, int]],
+    policy: TrustPolicy,
+    barred: Collection[int] = (),
+) -> dict[int, int]:
+    return routing_trust.trust_of(seeds, lambda issuer: graph.get(issuer, {}), policy, barred)
+
+
 KNEE = Fraction(20, 3) / 40  # 6.7 of 40 hours
 
 honest_nodes = range(6)
