@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol import adverts, envelope, jobs, rpc
+from protocol import adverts, coordination, envelope, jobs, rpc
 from protocol.codec import LENGTH, Codec, FrameBuffer, Message, encode
 from protocol.errors import Fault, ProtocolError
 from protocol.jobs import FROM_ISLAND, TO_ISLAND, JobAccept, JobOffer, JobTokens, Token
@@ -24,6 +24,8 @@ DECODERS = {
     "advert": adverts.ADVERT,
     "hello": adverts.HELLO,
     "accepted": adverts.ACCEPTED,
+    "coordination": coordination.COORDINATION,
+    "summary": coordination.SUMMARY,
     "envelope": Codec[envelope.Envelope](envelope.Envelope),
 }
 
