@@ -281,6 +281,10 @@ class Coordinator(Generic[P]):
         else:
             held.envelope, held.expires_unix_ns = envelope, stated.expires_unix_ns
         before = set[str]() if known is None else {offered.digest for offered in known.advert.cargos}
+        if any(
+            offered.state == "ready" and not self._is_ready(offered.digest) for offered in stated.body.cargos
+        ):
+            self._agenda.sooner(_SUMMARY, after(now, self._policy.summary_soon_ns))
         self.book.admit(now, peer, stated.body, stated.sequence)
         self._watch_silence()
         self._send(peer, AdvertTaken(message.call, stated.sequence))
@@ -304,6 +308,10 @@ class Coordinator(Generic[P]):
             return
         self.book.touch(now, peer)
         self._send(peer, AdvertTaken(message.call, island.sequence))
+
+    def _is_ready(self, digest: str) -> bool:
+        shelf = self.book.shelves.get(digest)
+        return shelf is not None and shelf.ready > 0
 
     def _has_room(self, group: int) -> bool:
         if self.book.full:

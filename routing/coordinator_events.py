@@ -46,6 +46,8 @@ class CoordinatorPolicy:
 
     summary_ns: int = 10 * SECOND_NS
     """How often it tells about itself if something changed; three times as long if nothing did."""
+    summary_soon_ns: int = 1 * SECOND_NS
+    """A Cargo that was not here, or is ready now, is told of this soon: elsewhere somebody may wait for it."""
     summary_ttl_ns: int = 90 * SECOND_NS
     coordinators: int = 1024
     """Others that it remembers, for referrals."""
