@@ -89,7 +89,13 @@ class Shared:
         )
 
     def close(self) -> None:
-        os.close(self.descriptor)  # the mapping goes with the last array that looks into it
+        """Idempotent. The figures can still be read."""
+        if self.descriptor < 0:
+            return
+        self._header, self.links, self.tuns = self._header.copy(), self.links.copy(), self.tuns.copy()
+        self._memory.close()  # nothing looks into it any more
+        os.close(self.descriptor)
+        self.descriptor = -1
 
 
 def _percentile_us(counts: NDArray[np.int64], share: float) -> int:

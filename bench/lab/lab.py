@@ -240,9 +240,8 @@ class Lab:
             self._awake = None
         for namespace in self._namespaces:
             os.close(namespace.descriptor)
-        if self._namespaces or router is not None:
-            self._namespaces = []
-            self._shared.close()
+        self._namespaces = []
+        self._shared.close()
 
     # --- inside ---------------------------------------------------------------------------------
 

@@ -278,6 +278,11 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def descriptors() -> set[str]:
+    """Those that are open here."""
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -289,8 +294,19 @@ def is_alive(pid: int) -> bool:
     ],
 )
 def test_impossible_laboratories(arguments: dict[str, object], words: str) -> None:
+    before = descriptors()
     with pytest.raises(ValueError, match=words):
         Lab(**arguments)  # type: ignore[arg-type]
+    assert descriptors() == before
+
+
+def test_descriptors_are_given_back() -> None:
+    before = descriptors()
+    with Lab(0, nodes=10) as lab, udp(lab, 0):
+        lab.run(3, ["sleep", "600"], stdout=subprocess.PIPE)
+        assert len(descriptors()) >= len(before) + 10
+    assert descriptors() == before
+    assert lab.figures().forwarded == 0
 
 
 def test_unknown_nodes_are_named() -> None:
