@@ -8,7 +8,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from node.config import LogSettings, default_data_dir
+from node.config import LogSettings, NatSettings, default_data_dir
 from node.coordination.vantage import Vantage
 from node.settings import Settings, SettingsError
 from protocol.errors import ProtocolError
@@ -149,6 +149,7 @@ class GatewaySettings(Settings, frozen=True):
     keys: tuple[KeySettings, ...] = ()
     http: HttpBindSettings = HttpBindSettings()
     mesh: MeshSettings = MeshSettings()
+    nat: NatSettings = NatSettings()
     jobs: JobSettings = JobSettings()
     log: LogSettings = LogSettings()
 

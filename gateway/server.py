@@ -33,6 +33,7 @@ from node.p2p.errors import ListenFailed
 from node.p2p.identify import serve_identify
 from node.p2p.ping import serve_ping
 from node.peers import open_peers
+from node.traversal import open_traversal
 from protocol.adverts import Hello
 from protocol.dice import Dice
 
@@ -83,6 +84,7 @@ async def run_gateway(
         open_host(identity, mesh_settings.listen) as host,
         open_peers(host, hello=hello, dice=dice) as peers,
         open_overlay(host, peers, OverlayConfig(settings.data_path, ways_in), identity) as overlay,
+        open_traversal(host, overlay, settings.nat),
         nullcontext(CoordinationPort(peers)) as port,
         open_coordinator(host, peers, overlay, port=port, signer=identity.signer, config=config) as coordinator,
         open_mesh(

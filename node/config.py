@@ -30,6 +30,20 @@ class NetworkSettings(Settings, frozen=True):
     bootstrap: tuple[str, ...] = ()
 
 
+class NatSettings(Settings, frozen=True):
+    """`reachability`: whether others can dial this node; auto: it asks peers to try. `relays`: full multiaddrs
+    of relays to be met at if they can not; more are found by the overlay. `serve_relay`: carry others, for
+    nodes with a public address and bandwidth to give. `hole_punching`: turn relayed connections into direct
+    ones where NATs let it. `private_addresses`: also towards private addresses (networks without any other).
+    """
+
+    reachability: Literal["auto", "public", "private"] = "auto"
+    relays: tuple[str, ...] = ()
+    serve_relay: bool = False
+    hole_punching: bool = True
+    private_addresses: bool = False
+
+
 class OverlaySettings(Settings, frozen=True):
     """Who runs a network of one's own may change these; nodes of one network must agree about `k`.
 
@@ -67,6 +81,7 @@ class NodeSettings(Settings, frozen=True):
     region: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
     cargos: tuple[str, ...] = ("smollm2-135m",)
     network: NetworkSettings = NetworkSettings()
+    nat: NatSettings = NatSettings()
     overlay: OverlaySettings = OverlaySettings()
     engine: EngineSettings = EngineSettings()
     log: LogSettings = LogSettings()

@@ -45,6 +45,7 @@ from node.peers import open_peers
 from node.settings import SettingsError
 from node.snapshot import Snapshot, snapshot
 from node.state import HostedCargo, IslandState
+from node.traversal import open_traversal
 from protocol.adverts import MAX_ADVERT_MEMORY_MIB, Hello, IslandAdvert, OfferedCargo
 from protocol.dice import Dice
 from protocol.ids import CargoDigest
@@ -147,6 +148,7 @@ class Island:
                 open_host(self.identity, settings.network.listen) as host,
                 open_peers(host, hello=hello, dice=dice) as peers,
                 open_overlay(host, peers, overlay_config(settings), self.identity) as overlay,
+                open_traversal(host, overlay, settings.nat),
             ):
                 jobs = JobService(
                     signer=self.identity.signer,
