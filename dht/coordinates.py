@@ -26,8 +26,8 @@ _MAX_HEIGHT: Final = (1 << 15) - 1
 #: The error travels as parts of 1000; a node that knows nothing says 1000.
 ERROR_SCALE: Final = 1000
 
-#: Vivaldi's constants c_e and c_c, as in the paper; but an unsure node moves faster, up to the whole way: measured, a
-#: network is then placed in 40 samples a node instead of 150.
+#: Vivaldi's constants c_e and c_c, as in the paper; but an unsure node moves faster, up to the whole way:
+#: measured, a network is then placed in 40 samples a node instead of 150.
 _TUNE_ERROR: Final = 0.25
 _TUNE_MOVE: Final = 0.25
 _TUNE_UNSURE: Final = 1.5
@@ -38,8 +38,8 @@ _MIN_HEIGHT_NS: Final = 100_000.0
 #: Nobody is believed to be more exact than this: else one peer that claims an error of 0 would move us fully.
 _MIN_REMOTE_ERROR: Final = 0.05
 
-#: One sample moves an unsure node at most this far, a sure one a tenth of it and more in proportion to its error: a
-#: liar needs many answers, honest ones pull back meanwhile.
+#: One sample moves an unsure node at most this far, a sure one a tenth of it and more in proportion to its
+#: error: a liar needs many answers, honest ones pull back meanwhile.
 _MAX_FORCE_NS: Final = 100.0 * MILLISECOND_NS
 _MIN_FORCE_SHARE: Final = 0.1
 

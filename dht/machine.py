@@ -157,6 +157,7 @@ class DhtMachine:
             *core.calls.references(),
             *self._operations.references(),
             *(providers.references() if providers is not None else ()),
+            *(self._full.members if self._full is not None else ()),
         }
 
     def size_estimate(self) -> int:

@@ -199,8 +199,8 @@ class Operations:
         if len(self._open) >= MAX_OPERATIONS:
             self._refuse(ticket, kind)
             return None
-        # Who is told to enter by somebody asks them, even if it knows peers that are closer: after a cut, those it
-        # knows are all on its own side.
+        # Who is told to enter by somebody asks them, even if it knows peers that are closer: after a cut, those
+        # it knows are all on its own side.
         start = seeds or core.closest_peers(key)
         own_key = kind in {Kind.JOIN, Kind.NEIGHBOURS}
         lookup = Lookup(

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Final, NamedTuple
 
+from dht.candidates import Candidates
 from dht.coordinates import UNKNOWN, estimate_ns
 from dht.directory import Directory, Keys
 from dht.keys import KEY_BITS
@@ -30,9 +31,6 @@ from protocol.instants import Instant
 
 #: Times are kept in ticks of 2**27 ns (0.13 s): 32 bits last 18 years.
 TICK_BITS: Final = 27
-
-#: No peer (candidate slots).
-NOBODY: Final = 0xFFFF_FFFF
 
 #: Buckets: 2**40 nodes are more than there will be. An attacker who makes keys next to ours splits no further.
 MAX_BUCKETS: Final = 48
@@ -77,7 +75,6 @@ class RoutingTable:
     """See the module. Times are ticks (`now >> TICK_BITS`); RTTs inside are microseconds."""
 
     __slots__ = (
-        "_candidate_coordinates",
         "_candidates",
         "_directory",
         "_key",
@@ -106,8 +103,7 @@ class RoutingTable:
         self.since = array("I")
         self.groups = array("H")
         self.flags = bytearray()
-        self._candidates = array("I")
-        self._candidate_coordinates = array("Q")
+        self._candidates = Candidates(policy.candidates)
 
     # --- reading --------------------------------------------------------------------------------------
 
@@ -131,9 +127,7 @@ class RoutingTable:
 
     def references(self) -> set[int]:
         """Peers that entries and candidates name."""
-        found = {*self.peers, *self._candidates}
-        found.discard(NOBODY)
-        return found
+        return {*self.peers, *self._candidates}
 
     @property
     def buckets(self) -> int:
@@ -271,10 +265,11 @@ class RoutingTable:
             victim = self._victim(bucket, key, rtt_us, coordinate, own)
             if victim < 0:
                 if not self._policy.rtt_aware or not self.is_far(bucket):
-                    self._keep_candidate(bucket, peer, coordinate, own)
+                    self._candidates.hold(bucket, peer, coordinate, own, nearest=False)
                 return -1
             if not self._policy.rtt_aware:
-                self._keep_candidate(bucket, self.peers[victim], self.coordinates[victim], own)
+                loser, place = self.peers[victim], self.coordinates[victim]
+                self._candidates.hold(bucket, loser, place, own, nearest=False)
             self._remove(victim, bucket)
             return self.starts[bucket + 1]
 
@@ -358,94 +353,75 @@ class RoutingTable:
         self._offer(bucket, peer, coordinate, own, self_said)
 
     def _offer(self, bucket: int, peer: int, coordinate: int, own: int, self_said: bool) -> None:  # noqa: FBT001
-        """A full bucket hears of one more."""
+        """A full bucket hears of one more. Hearsay yields to better hearsay; other entries only to one that
+        answers.
+        """
         policy = self._policy
-        if bucket == len(self.starts) - 2:
-            # Only verified peers split the last bucket: it is worth a ping.
-            self._keep_candidate(bucket, peer, coordinate, own)
-        elif not self.is_far(bucket):
-            mine, keys = self._key, self._keys
-            distance = keys[peer] ^ mine
-            members = self.peers[self.starts[bucket] : self.starts[bucket + 1]]
-            if any(keys[member] ^ mine > distance for member in members):
-                self._keep_candidate(bucket, peer, coordinate, own)
-        elif policy.rtt_aware:
-            if coordinate != UNKNOWN:
-                self._keep_candidate(bucket, peer, coordinate, own)
-        elif self_said:
-            self._keep_candidate(bucket, peer, coordinate, own)
+        far = self.is_far(bucket)
+        if far and not (policy.rtt_aware and coordinate != UNKNOWN):
+            if self_said:
+                self._candidates.hold(bucket, peer, coordinate, own, nearest=False)
+            return
+        start, end = self.starts[bucket], self.starts[bucket + 1]
+        unproven = self.flags.find(_HEARSAY, start, end)
+        if unproven < 0:
+            if far or bucket == len(self.starts) - 2 or self._is_closer(peer, start, end):
+                self._candidates.hold(bucket, peer, coordinate, own, nearest=far)
+            return
+        places = [place for place in range(unproven, end) if not self.flags[place]]
+        if far:
+            victim = max(places, key=lambda place: self._rtt_us(place, own))
+            estimate = self._estimate_us(coordinate, own) * 100
+            better = estimate < self._rtt_us(victim, own) * policy.swap_percent
+        else:
+            mine, keys, peers = self._key, self._keys, self.peers
+            victim = max(places, key=lambda place: keys[peers[place]] ^ mine)
+            better = keys[peer] ^ mine < keys[peers[victim]] ^ mine
+        if better and self._group_allowed(self._group(peer), start, end):
+            tick = self.checked[victim]
+            self._remove(victim, bucket)
+            flags = SPOKE if self_said else 0
+            self._insert(end - 1, peer, tick, rtt_us=_NEVER_US, coordinate=coordinate, flags=flags)
+
+    def _is_closer(self, peer: int, start: int, end: int) -> bool:
+        """Whether the peer's key is closer to ours than that of some entry there."""
+        mine, keys = self._key, self._keys
+        distance = keys[peer] ^ mine
+        return any(keys[member] ^ mine > distance for member in self.peers[start:end])
 
     # --- candidates -----------------------------------------------------------------------------------
 
-    def _keep_candidate(self, bucket: int, peer: int, coordinate: int, own: int) -> None:
-        """Remember for later. A far bucket of an RTT-aware table keeps the nearest, others the latest."""
-        width = self._policy.candidates
-        if not width:
-            return
-        slots = self._candidates
-        need = (bucket + 1) * width
-        if len(slots) < need:
-            missing = need - len(slots)
-            slots.extend([NOBODY] * missing)
-            self._candidate_coordinates.extend([UNKNOWN] * missing)
-        first = bucket * width
-        held = slots[first:need]
-        if peer in held:
-            return
-        coordinates = self._candidate_coordinates
-        if NOBODY in held:
-            slot = first + held.index(NOBODY)
-        elif self._policy.rtt_aware and self.is_far(bucket):
-            slot = max(range(first, need), key=lambda s: self._estimate_us(coordinates[s], own))
-            if self._estimate_us(coordinate, own) >= self._estimate_us(coordinates[slot], own):
-                return
-        else:
-            slots[first + 1 : need] = slots[first : need - 1]
-            coordinates[first + 1 : need] = coordinates[first : need - 1]
-            slot = first
-        slots[slot] = peer
-        coordinates[slot] = coordinate
-
     def take_candidate(self, bucket: int) -> tuple[int, int] | None:
         """Remove and give one candidate of a bucket (peer, coordinate) that has no entry."""
-        width = self._policy.candidates
-        for slot in range(bucket * width, min((bucket + 1) * width, len(self._candidates))):
-            peer = self._candidates[slot]
-            if peer != NOBODY:
-                self._candidates[slot] = NOBODY
-                if self.find(peer) < 0:
-                    return peer, self._candidate_coordinates[slot]
+        for slot, peer, coordinate in self._candidates.of(bucket):
+            self._candidates.drop(slot)
+            if self.find(peer) < 0:
+                return peer, coordinate
         return None
 
     def promising(self, own: int) -> int | None:
         """Remove and give a candidate worth a ping: one that would take a place if it proves itself."""
-        width = self._policy.candidates
-        slots = self._candidates
-        checked_bucket = -1
-        limit = 0
-        for slot in range(len(slots)):
-            peer = slots[slot]
-            if peer == NOBODY:
+        candidates = self._candidates
+        for bucket in range(min(candidates.buckets, len(self.starts) - 1)):
+            far = self.is_far(bucket)
+            if far and not self._policy.rtt_aware:
                 continue
-            bucket = slot // width
-            if bucket > len(self.starts) - 2 or self.find(peer) >= 0:
-                slots[slot] = NOBODY
-                continue
-            if not self.is_far(bucket):
-                slots[slot] = NOBODY
-                return peer
-            if not self._policy.rtt_aware:
-                continue
-            if bucket != checked_bucket:
-                checked_bucket = bucket
-                start, end = self.starts[bucket], self.starts[bucket + 1]
-                victim = self._farthest_junior(start, end, own) if end - start >= self._policy.k else -1
-                limit = self._rtt_us(victim, own) * self._policy.swap_percent if victim >= 0 else 0
-            estimate = self._estimate_us(self._candidate_coordinates[slot], own) * 100
-            slots[slot] = NOBODY
-            if limit == 0 or estimate < limit:
-                return peer
+            limit = self._swap_limit(bucket, own) if far else 0
+            for slot, peer, coordinate in candidates.of(bucket):
+                candidates.drop(slot)
+                if self.find(peer) >= 0:
+                    continue
+                if limit == 0 or self._estimate_us(coordinate, own) * 100 < limit:
+                    return peer
         return None
+
+    def _swap_limit(self, bucket: int, own: int) -> int:
+        """Hundredfold RTT (us) below which a newcomer takes a place of a far bucket; 0: it has room."""
+        start, end = self.starts[bucket], self.starts[bucket + 1]
+        if end - start < self._policy.k:
+            return 0
+        victim = self._farthest_junior(start, end, own)
+        return self._rtt_us(victim, own) * self._policy.swap_percent if victim >= 0 else 1
 
     # --- failures -------------------------------------------------------------------------------------
 

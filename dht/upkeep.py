@@ -126,6 +126,9 @@ class Upkeep:
         core = self._core
         table = core.table
         self._thirds = (self._thirds + 1) % 3
+        if self._thirds == 2 and (peer := table.promising(core.vivaldi.packed)) is not None:
+            self.ping(peer)
+            return
         if self._thirds:
             if (place := table.unverified()) >= 0:
                 self.ping(table.peers[place])

@@ -65,7 +65,7 @@ class Plane:
 
     def median_error(self, nodes: range) -> float:
         errors = []
-        for i in range(400):
+        for _ in range(400):
             a = nodes[self.dice.below(len(nodes))]
             b = nodes[self.dice.below(len(nodes))]
             if a != b:

@@ -187,7 +187,9 @@ def test_a_liar_that_names_ever_closer_inventions_is_stopped() -> None:
 
 
 def test_liars_in_league_cost_a_bounded_number_of_queries() -> None:
-    """Every peer answers and names twenty more, each closer than all before: without an end, were it not bounded."""
+    """Every peer answers and names twenty more, each closer than all before: without an end, were it not
+    bounded.
+    """
     keys = {ME: 0}
     made = [0]
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from dht.candidates import Candidates
 from dht.coordinates import pack
 from dht.policy import DhtPolicy
 from dht.table import SUSPECT, TICK_BITS, VERIFIED, Failure, RoutingTable
@@ -219,6 +220,7 @@ def test_a_table_is_small() -> None:
             table.heard_of(book.in_bucket(bucket), 1, at_ms(5), OWN, self_said=False)
     assert len(table) == 280
     columns = [getattr(table, name) for name in RoutingTable.__slots__]
+    columns += [getattr(table._candidates, name) for name in Candidates.__slots__]
     size = sum(c.__sizeof__() for c in columns if isinstance(c, array | bytearray))
     assert size <= 10 * 1024
 
@@ -226,7 +228,7 @@ def test_a_table_is_small() -> None:
 @pytest.mark.parametrize("told", [False, True])
 @given(seed=st.integers(0, 1 << 30), count=st.integers(1, 30))
 @settings(max_examples=30, deadline=None)
-def test_closest_is_the_sorted_truth(told: bool, seed: int, count: int) -> None:
+def test_closest_is_the_sorted_truth(*, told: bool, seed: int, count: int) -> None:
     dice = Dice(seed)
     book = Book()
     table = RoutingTable(ME, book, DhtPolicy(k=5))
@@ -252,7 +254,7 @@ class AnyHistory(RuleBasedStateMachine):
     """Whatever happens, the arrays stay parallel, every entry stands in its bucket, once, and bounds hold."""
 
     @initialize(k=st.integers(2, 6), aware=st.booleans())
-    def begin(self, k: int, aware: bool) -> None:
+    def begin(self, *, k: int, aware: bool) -> None:
         self.book = Book()
         self.policy = DhtPolicy(k=k, rtt_aware=aware, senior_entries=1, max_group_per_table=4)
         self.table = RoutingTable(ME, self.book, self.policy)
@@ -271,7 +273,7 @@ class AnyHistory(RuleBasedStateMachine):
         assert taken == (self.table.find(peer) >= 0)
 
     @rule(number=st.integers(0, 60), bucket=st.integers(0, 9), said=st.booleans(), ms=st.integers(2, 400))
-    def heard(self, number: int, bucket: int, said: bool, ms: int) -> None:
+    def heard(self, *, number: int, bucket: int, said: bool, ms: int) -> None:
         self.table.heard_of(self.peer(number, bucket), self.tick, at_ms(ms), OWN, self_said=said)
 
     @rule(number=st.integers(0, 60), bucket=st.integers(0, 9))
