@@ -26,6 +26,9 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Final
 
+import msgspec
+from msgspec.structs import replace
+
 from protocol.adverts import Hardware, OfferedCargo
 
 SWEET_SPOT_PERCENT: Final = 60
@@ -34,6 +37,7 @@ FIT_AT_ALL: Final = 30
 
 #: Where neither the Cargo's needs nor the machine's memory are known: neither good nor bad.
 UNKNOWN_FIT: Final = 50
+ALL_PERCENT: Final = 100
 
 #: A chat that feels immediate: 30 tokens/s is what the reference shows for its chat Cargo on a usual GPU,
 #: faster than anyone reads; a prompt of 512 tokens is read in about a second.
@@ -107,8 +111,7 @@ class FitLabel(IntEnum):
     PERFECT = 3
 
 
-@dataclass(frozen=True, slots=True)
-class CargoNeeds:
+class CargoNeeds(msgspec.Struct, frozen=True, gc=False):
     """What a Cargo takes. `gpu`: none, preferred, required. `weights_mib`: what is read per token (0: unknown).
     Targets in tokens/s.
     """
@@ -122,8 +125,7 @@ class CargoNeeds:
     target_prefill_tps: float = TARGET_PREFILL_TPS
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
+class Machine(msgspec.Struct, frozen=True, gc=False):
     """What it has, and how busy it is. Rates in tokens/s for this Cargo, 0: not measured. `load`, `slots`:
     jobs there and jobs that it can run at once.
     """
@@ -138,8 +140,7 @@ class Machine:
     load_permille: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
+class Fit(msgspec.Struct, frozen=True, gc=False):
     """Each 0 to 100; `score` is their weighted mean."""
 
     score: int
@@ -152,17 +153,57 @@ class Fit:
 def fit_of(needs: CargoNeeds, machine: Machine) -> Fit:
     """Total: any figures give a score."""
     on_gpu = needs.gpu != "none" and machine.vram_mib > 0
-    use = _memory_use_percent(needs, machine, on_gpu=on_gpu)
-    speed, fit, headroom = _speed(needs, machine, on_gpu=on_gpu), _sweet_spot(use), _headroom(machine)
-    if (use is not None and use > 100) or (needs.gpu == "required" and not on_gpu):
+    needed, there = (needs.vram_mib, machine.vram_mib) if on_gpu else (needs.memory_mib, machine.memory_mib)
+    use = _use_percent(needed, there)
+    decode_tps, prefill_tps = _rates(needs, machine, on_gpu=on_gpu)
+    speed = _speed(decode_tps, prefill_tps, needs.target_decode_tps, needs.target_prefill_tps)
+    fit, headroom = _sweet_spot(use), _headroom(machine.load, machine.slots, machine.load_permille)
+    if use > ALL_PERCENT or (needs.gpu == "required" and not on_gpu):
         return Fit(0, speed, 0, headroom, FitLabel.UNFIT)
-    weights = WEIGHTS.get(needs.runtime, DEFAULT_WEIGHTS)
-    score = round((weights.speed * speed + weights.fit * fit + weights.headroom * headroom) / 100)
-    return Fit(score, speed, fit, headroom, _label(needs, speed, fit, headroom, use, on_gpu=on_gpu))
+    score = _score(needs.runtime, speed, fit, headroom)
+    label = FitLabel.MARGINAL
+    if fit >= PERFECT_FIT and speed >= PERFECT_SPEED and (on_gpu or needs.gpu == "none"):
+        label = FitLabel.PERFECT
+    elif headroom >= GOOD_HEADROOM and use <= GOOD_MEMORY_USE_PERCENT:
+        label = FitLabel.GOOD
+    return Fit(score, speed, fit, headroom, label)
+
+
+def score_of_offer(offered: OfferedCargo, hardware: Hardware, load: int, load_permille: int = 0) -> int:
+    """The score of a Cargo that an Island has already, from what its advert says, which `fit_of` would give
+    too. Placement asks this of each candidate for each job.
+    """
+    if offered.vram_mib and hardware.vram_mib:
+        use = _use_percent(offered.vram_mib, hardware.vram_mib)
+    else:
+        use = _use_percent(offered.memory_mib, hardware.memory_mib)
+    if use > ALL_PERCENT:
+        return 0
+    decode_tps, prefill_tps = offered.decode_tps, offered.prefill_tps
+    if decode_tps <= 0 or prefill_tps <= 0:
+        needs, machine = _as_needs_and_machine(offered, hardware)
+        decode_tps, prefill_tps = _rates(needs, machine, on_gpu=bool(offered.vram_mib and hardware.vram_mib))
+    speed = _speed(decode_tps, prefill_tps, TARGET_DECODE_TPS, TARGET_PREFILL_TPS)
+    headroom = _headroom(load, offered.slots, load_permille)
+    return _score(offered.runtime, speed, _sweet_spot(use), headroom)
 
 
 def fit_of_offer(offered: OfferedCargo, hardware: Hardware, load: int, load_permille: int = 0) -> Fit:
     """Of a Cargo that an Island has already, from what its advert says."""
+    needs, machine = _as_needs_and_machine(offered, hardware)
+    return fit_of(needs, replace(machine, load=load, load_permille=load_permille))
+
+
+def gpu_bandwidth_mbps(name: str) -> int:
+    """From the GPU's name, MB/s; 0 if it is not known."""
+    lower = name.lower().replace("geforce ", "").replace("radeon ", "")
+    for known in _GPU_NAMES:
+        if known in lower:
+            return GPU_BANDWIDTH_GBPS[known] * 1000
+    return 0
+
+
+def _as_needs_and_machine(offered: OfferedCargo, hardware: Hardware) -> tuple[CargoNeeds, Machine]:
     needs = CargoNeeds(
         runtime=offered.runtime,
         memory_mib=offered.memory_mib,
@@ -175,53 +216,39 @@ def fit_of_offer(offered: OfferedCargo, hardware: Hardware, load: int, load_perm
         bandwidth_mbps=hardware.bandwidth_mbps,
         decode_tps=offered.decode_tps,
         prefill_tps=offered.prefill_tps,
-        load=load,
-        slots=max(1, offered.slots),
-        load_permille=load_permille,
+        slots=offered.slots,
     )
-    return fit_of(needs, machine)
-
-
-def gpu_bandwidth_mbps(name: str) -> int:
-    """From the GPU's name, MB/s; 0 if it is not known."""
-    lower = name.lower().replace("geforce ", "").replace("radeon ", "")
-    for known in _GPU_NAMES:
-        if known in lower:
-            return GPU_BANDWIDTH_GBPS[known] * 1000
-    return 0
+    return needs, machine
 
 
 def _rates(needs: CargoNeeds, machine: Machine, *, on_gpu: bool) -> tuple[float, float]:
+    """Decode and prefill in tokens/s, measured or estimated; 0: nothing is known."""
     decode = machine.decode_tps
     if decode <= 0:
         weights_mib = needs.weights_mib or (needs.vram_mib if on_gpu else needs.memory_mib)
         bandwidth = machine.bandwidth_mbps or (GPU_BANDWIDTH_MBPS if on_gpu else CPU_BANDWIDTH_MBPS)
         decode = BANDWIDTH_SHARE * bandwidth / weights_mib if weights_mib > 0 else 0.0
-    prefill = machine.prefill_tps if machine.prefill_tps > 0 else PREFILL_PER_DECODE * decode
-    return decode, prefill
+    return decode, machine.prefill_tps if machine.prefill_tps > 0 else PREFILL_PER_DECODE * decode
 
 
-def _speed(needs: CargoNeeds, machine: Machine, *, on_gpu: bool) -> int:
-    decode, prefill = _rates(needs, machine, on_gpu=on_gpu)
+def _speed(decode: float, prefill: float, target_decode: float, target_prefill: float) -> int:
     if decode <= 0 or prefill <= 0:
         return 0
-    target = TYPICAL_PROMPT_TOKENS / needs.target_prefill_tps + TYPICAL_OUTPUT_TOKENS / needs.target_decode_tps
+    target = TYPICAL_PROMPT_TOKENS / target_prefill + TYPICAL_OUTPUT_TOKENS / target_decode
     # `target / actual` with both multiplied by the rates: the smallest of floats must not divide.
     actual = TYPICAL_PROMPT_TOKENS * decode + TYPICAL_OUTPUT_TOKENS * prefill
     return min(100, round(100 * target * decode * prefill / actual)) if actual > 0 else 0
 
 
-def _memory_use_percent(needs: CargoNeeds, machine: Machine, *, on_gpu: bool) -> int | None:
-    needed, there = (needs.vram_mib, machine.vram_mib) if on_gpu else (needs.memory_mib, machine.memory_mib)
-    if needed <= 0 or there <= 0:
-        return None
-    return -(-100 * needed // there)
+def _use_percent(needed: int, there: int) -> int:
+    """How much of the memory it takes, rounded up; negative: unknown."""
+    return -(-100 * needed // there) if needed > 0 and there > 0 else -1
 
 
-def _sweet_spot(use_percent: int | None) -> int:
-    if use_percent is None:
+def _sweet_spot(use_percent: int) -> int:
+    if use_percent < 0:
         return UNKNOWN_FIT
-    if use_percent > 100:
+    if use_percent > ALL_PERCENT:
         return 0
     if use_percent <= SWEET_SPOT_PERCENT:
         return FIT_AT_NOTHING + (100 - FIT_AT_NOTHING) * use_percent // SWEET_SPOT_PERCENT
@@ -229,17 +256,12 @@ def _sweet_spot(use_percent: int | None) -> int:
     return 100 - (100 - FIT_AT_ALL) * over // (100 - SWEET_SPOT_PERCENT)
 
 
-def _headroom(machine: Machine) -> int:
-    slots = max(1, machine.slots)
-    free = 100 * max(0, slots - machine.load) // slots
-    return min(free, 100 - machine.load_permille // 10)
+def _headroom(load: int, slots: int, load_permille: int) -> int:
+    slots = slots or 1
+    free = 100 * (slots - load) // slots if load < slots else 0
+    return min(free, 100 - load_permille // 10)
 
 
-def _label(
-    needs: CargoNeeds, speed: int, fit: int, headroom: int, use: int | None, *, on_gpu: bool
-) -> FitLabel:
-    if fit >= PERFECT_FIT and speed >= PERFECT_SPEED and (on_gpu or needs.gpu == "none"):
-        return FitLabel.PERFECT
-    if headroom >= GOOD_HEADROOM and (use is None or use <= GOOD_MEMORY_USE_PERCENT):
-        return FitLabel.GOOD
-    return FitLabel.MARGINAL
+def _score(runtime: str, speed: int, fit: int, headroom: int) -> int:
+    weights = WEIGHTS.get(runtime, DEFAULT_WEIGHTS)
+    return round((weights.speed * speed + weights.fit * fit + weights.headroom * headroom) / 100)

@@ -17,12 +17,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias, TypeVar
 
+import msgspec
+
 from protocol.adverts import OfferedCargo
 from protocol.dice import Dice
 from protocol.ids import CargoDigest
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant, UnixNs
 from protocol.work import ChatPrompt, Generation, TextPrompt
-from routing.fit import fit_of_offer
+from routing.fit import score_of_offer
 from routing.geography import region_distance
 from routing.islands import Experience, Island, IslandBook
 from routing.jurisdiction import resides
@@ -89,8 +91,7 @@ class JobShape:
     units: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate(Generic[P]):
+class Candidate(msgspec.Struct, Generic[P], frozen=True):
     """An Island that may run the job. `load_permille`: jobs per slot there, as far as known, `load_age_ns`
     ago.
     """
@@ -171,8 +172,8 @@ def queue_ns(island: Island[P], offered: OfferedCargo, output_tokens: int) -> in
 
 def expected_ns(
     now: Instant, island: Island[P], offered: OfferedCargo, job: JobShape, rtt_ns: int | None
-) -> Candidate[P]:
-    """When would this Island have finished the job, in nanoseconds from now?
+) -> tuple[int, int]:
+    """When would this Island have finished the job, in nanoseconds from now? And the wait for a slot in it.
 
     Sequences decoded together share the engine, so a sequence's rate is the lone rate over the number of them
     (measured: the aggregate hardly grows on a CPU). Prompts are read one after the other, at the full rate.
@@ -195,7 +196,7 @@ def expected_ns(
         total_ns += SUSPICION_PENALTY_NS
     if job.prompt_tokens > offered.context_length:
         total_ns += TOO_SMALL_PENALTY_NS
-    return Candidate(island.peer, total_ns, waiting_ns)
+    return total_ns, waiting_ns
 
 
 # --- the filter -----------------------------------------------------------------------------------
@@ -240,15 +241,15 @@ def candidates(
         rtt_ns = outlook.rtt_of(peer)
         if rtt_ns is None and advert.coordinate:
             rtt_ns = outlook.estimate_of(advert.coordinate)
-        timed = expected_ns(now, island, offered, job, rtt_ns)
+        total_ns, waiting_ns = expected_ns(now, island, offered, job, rtt_ns)
         load = _load(offered, island.experience)
         found.append(
             Candidate(
                 peer=peer,
-                expected_ns=timed.expected_ns,
-                queue_ns=timed.queue_ns,
+                expected_ns=total_ns,
+                queue_ns=waiting_ns,
                 price_ucr=price_ucr(offered, job.prompt_tokens, job.output_tokens, job.units),
-                fit=fit_of_offer(offered, advert.hardware, load, advert.load_permille).score,
+                fit=score_of_offer(offered, advert.hardware, load, advert.load_permille),
                 region=region_distance(query.requirements.region, advert.region),
                 load_permille=1000 * load // max(1, offered.slots),
                 load_age_ns=now - island.advised,

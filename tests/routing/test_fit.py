@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from protocol.adverts import Hardware, OfferedCargo
 from routing.fit import (
     DEFAULT_WEIGHTS,
     WEIGHTS,
@@ -16,7 +16,9 @@ from routing.fit import (
     FitLabel,
     Machine,
     fit_of,
+    fit_of_offer,
     gpu_bandwidth_mbps,
+    score_of_offer,
 )
 
 CHAT = CargoNeeds("llmcpp", memory_mib=6000, vram_mib=6000, gpu="preferred")
@@ -136,6 +138,21 @@ def test_faster_or_idler_never_scores_less(needs: CargoNeeds, machine: Machine, 
     assert (
         fit_of(needs, replace(machine, load_permille=min(1000, machine.load_permille + more))).score <= before
     )
+
+
+@given(
+    machine=machines, needs=needs, decode=st.floats(0, 1e9), prefill=st.floats(0, 1e9), slots=st.integers(0, 10)
+)
+def test_the_quick_score_of_an_offer_is_the_same(
+    machine: Machine, needs: CargoNeeds, decode: float, prefill: float, slots: int
+) -> None:
+    hardware = Hardware(1, machine.memory_mib, "", machine.vram_mib, machine.bandwidth_mbps)
+    offered = OfferedCargo(
+        "x", "m", "1", needs.runtime, "ready", 1, slots, 0, 0, decode, prefill,
+        memory_mib=needs.memory_mib, vram_mib=needs.vram_mib,
+    )  # fmt: skip
+    load, busy = machine.load, machine.load_permille
+    assert score_of_offer(offered, hardware, load, busy) == fit_of_offer(offered, hardware, load, busy).score
 
 
 @pytest.mark.parametrize("tiny", [5e-324, 1e-300])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -294,9 +293,7 @@ def test_the_filter_is_sound_and_complete(rows: list[Row], needs: Requirements, 
     }
     assert {c.peer for c in ranked} == fine
     assert len(ranked) == len(fine)
-    assert [dataclasses.astuple(c) for c in soonest(NOW, book, query)] == [
-        dataclasses.astuple(c) for c in ranked
-    ]
+    assert soonest(NOW, book, query) == ranked
     policies: list[Policy[int]] = [at_random(Dice(1)), by_rtt(), by_price()]
     for policy in policies:
         assert {c.peer for c in policy(NOW, book, query)} == fine
