@@ -8,11 +8,10 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from node.config import LogSettings, NatSettings, default_data_dir
+from node.config import LogSettings, NatSettings, default_data_dir, peer_setting
 from node.coordination.vantage import Vantage
 from node.settings import Settings, SettingsError
-from protocol.errors import ProtocolError
-from protocol.ids import PeerId, peer_id_untrusted
+from protocol.ids import PeerId
 from protocol.instants import MILLISECOND_NS
 from protocol.limits import DEFAULT_TOKEN_WINDOW, MAX_NAME_CHARS, MAX_TOKEN_WINDOW
 from routing.geography import JURISDICTIONS, Place
@@ -79,22 +78,15 @@ class MeshSettings(Settings, frozen=True):
     @property
     def trusted_peers(self) -> tuple[PeerId, ...]:
         """Raises SettingsError."""
-        return tuple(_peer("mesh.trusted", text) for text in self.trusted)
+        return tuple(peer_setting("mesh.trusted", text) for text in self.trusted)
 
     @property
     def vantage_points(self) -> tuple[Vantage, ...]:
         """Raises SettingsError."""
         return tuple(
-            Vantage(_peer("mesh.vantages", v.peer), v.operator, Place(v.latitude, v.longitude))
+            Vantage(peer_setting("mesh.vantages", v.peer), v.operator, Place(v.latitude, v.longitude))
             for v in self.vantages
         )
-
-
-def _peer(setting: str, text: str) -> PeerId:
-    try:
-        return peer_id_untrusted(text)
-    except ProtocolError as error:
-        raise SettingsError(f"{setting}: {text!r} is no peer id ({error.detail})") from error
 
 
 class JobSettings(Settings, frozen=True):

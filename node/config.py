@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from node.settings import Settings
+from node.settings import Settings, SettingsError
+from protocol.errors import ProtocolError
+from protocol.ids import PeerId, peer_id_untrusted
 from protocol.limits import MAX_NAME_CHARS
 
 
@@ -42,6 +44,29 @@ class NatSettings(Settings, frozen=True):
     serve_relay: bool = False
     hole_punching: bool = True
     private_addresses: bool = False
+
+
+class CoordinatorSettings(Settings, frozen=True):
+    """`enabled`: this node also coordinates: Islands may advertise to it, gateways ask it, it gossips with
+    others. `trusted`: peer ids of coordinators whose word on karma it believes in full.
+    """
+
+    enabled: bool = False
+    country: Annotated[str, Meta(max_length=2)] = ""
+    trusted: tuple[str, ...] = ()
+
+    @property
+    def trusted_peers(self) -> tuple[PeerId, ...]:
+        """Raises SettingsError."""
+        return tuple(peer_setting("coordinator.trusted", text) for text in self.trusted)
+
+
+def peer_setting(setting: str, text: str) -> PeerId:
+    """A peer id from the settings. Raises SettingsError."""
+    try:
+        return peer_id_untrusted(text)
+    except ProtocolError as error:
+        raise SettingsError(f"{setting}: {text!r} is no peer id ({error.detail})") from error
 
 
 class OverlaySettings(Settings, frozen=True):
@@ -82,6 +107,7 @@ class NodeSettings(Settings, frozen=True):
     cargos: tuple[str, ...] = ("smollm2-135m",)
     network: NetworkSettings = NetworkSettings()
     nat: NatSettings = NatSettings()
+    coordinator: CoordinatorSettings = CoordinatorSettings()
     overlay: OverlaySettings = OverlaySettings()
     engine: EngineSettings = EngineSettings()
     log: LogSettings = LogSettings()

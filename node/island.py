@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from importlib.metadata import version as package_version
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +32,8 @@ from dht.keys import key_of_capability, key_of_cargo, key_of_region
 from node.config import NodeSettings
 from node.control import ControlMethods, NoParams, serve_control
 from node.coordination.affiliation import AffiliationService
+from node.coordination.coordinator import CoordinatorConfig, open_coordinator
+from node.coordination.gossip import ROLE_COORDINATOR
 from node.coordination.port import CoordinationPort
 from node.identity import load_or_create_identity
 from node.jobs import JobService
@@ -93,6 +95,17 @@ def overlay_config(settings: NodeSettings) -> OverlayConfig:
     )
 
 
+def coordinator_config(settings: NodeSettings) -> CoordinatorConfig:
+    """How a node coordinates, if it does. Raises SettingsError."""
+    return CoordinatorConfig(
+        settings.name,
+        settings.data_path,
+        region=settings.region,
+        country=settings.coordinator.country,
+        trusted=settings.coordinator.trusted_peers,
+    )
+
+
 def unix_now() -> UnixNs:
     return UnixNs(time.time_ns())
 
@@ -141,7 +154,9 @@ class Island:
         nobody would hear of it.
         """
         settings = self.settings
-        hello = Hello(settings.name, VERSION, (ROLE_ISLAND,))
+        coordinates = settings.coordinator.enabled
+        roles = (ROLE_ISLAND, ROLE_COORDINATOR) if coordinates else (ROLE_ISLAND,)
+        hello = Hello(settings.name, VERSION, roles)
         dice = Dice(int.from_bytes(secrets.token_bytes(8), "little"))
         with trio.CancelScope(shield=True):
             async with (
@@ -149,6 +164,17 @@ class Island:
                 open_peers(host, hello=hello, dice=dice) as peers,
                 open_overlay(host, peers, overlay_config(settings), self.identity) as overlay,
                 open_traversal(host, overlay, settings.nat),
+                nullcontext(CoordinationPort(peers)) as port,
+                open_coordinator(
+                    host,
+                    peers,
+                    overlay,
+                    port=port,
+                    signer=self.identity.signer,
+                    config=coordinator_config(settings),
+                )
+                if coordinates
+                else nullcontext(),
             ):
                 jobs = JobService(
                     signer=self.identity.signer,
@@ -167,7 +193,7 @@ class Island:
                     state.affiliation = AffiliationService(
                         peers,
                         overlay,
-                        CoordinationPort(peers),
+                        port,
                         nursery,
                         signer=self.identity.signer,
                         pinned=settings.network.coordinators,

@@ -15,7 +15,7 @@ from bench.scripted_island import write_manifest
 from cargos.manifest import RuntimeType
 from gateway.config import GatewaySettings, HttpBindSettings, MeshSettings
 from gateway.server import GatewayReady, run_gateway
-from node.config import NetworkSettings, NodeSettings
+from node.config import CoordinatorSettings, NetworkSettings, NodeSettings
 from node.island import Island
 from node.state import IslandState
 
@@ -62,7 +62,12 @@ class Net:
         assert isinstance(running.up, GatewayReady)
         return running
 
-    async def island(self, name: str, *bootstrap: str) -> Running:
+    async def island(
+        self,
+        name: str,
+        *bootstrap: str,
+        coordinator: CoordinatorSettings = CoordinatorSettings(),  # noqa: B008 - frozen
+    ) -> Running:
         @asynccontextmanager
         async def open_script(_: object) -> Any:
             yield self._runtime()
@@ -74,6 +79,7 @@ class Net:
             cache_dir=str(self._folder / "cache"),
             cargos=(str(self._manifest),),
             network=NetworkSettings(bootstrap=bootstrap),
+            coordinator=coordinator,
         )
         island = Island(settings, {RuntimeType.LLMCPP: open_script})
 
@@ -161,4 +167,17 @@ async def test_when_coordinators_die_their_islands_are_served_by_others(net: Any
         assert answer.status_code == 200, answer.text
         await until(lambda: len(affiliation.coordinators) == 1, 15)
         answer = await ask(client, third)
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.slow
+async def test_an_island_may_coordinate_others(net: Any) -> None:
+    async with net() as (here, client):
+        hub = await here.island("hub", coordinator=CoordinatorSettings(enabled=True))
+        door = hub.up.host.addresses[0]
+        isle = await here.island("isle", door)
+        await until(lambda: hub.up.host.peer in isle.up.affiliation.coordinators)
+        gateway = await here.gateway("gateway", door)
+        await until_listed(client, gateway)
+        answer = await ask(client, gateway)
         assert answer.status_code == 200, answer.text
