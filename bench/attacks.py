@@ -1,10 +1,11 @@
 """What attacks on karma bring, against honest work: one machine each, eight weeks, the same coordinators.
 
-A deterministic loop over the real parts (KarmaWitness, KarmaStore, trust, KarmaPolicy). Five honest coordinators state
-what they see, verify samples of each other's statements, and share all statements. Each machine is offered an hour of
-one-minute jobs an hour by two of them; an Island is paid for a job if the coordinator holds it for monetizable and the
-job's output is not found to be junk. One job in twenty is audited, before it is paid. Computing a job costs the machine
-half of its price; junk costs nothing. Run: python -m bench attacks
+A deterministic loop over the real parts (KarmaWitness, KarmaStore, trust, KarmaPolicy). Five honest
+coordinators state what they see, verify samples of each other's statements, and share all statements. Each
+machine is offered an hour of one-minute jobs an hour by two of them; an Island is paid for a job if the
+coordinator holds it for monetizable and the job's output is not found to be junk. One job in twenty is
+audited, before it is paid. Computing a job costs the machine half of its price; junk costs nothing. Run:
+python -m bench attacks
 """
 
 from __future__ import annotations
@@ -189,8 +190,8 @@ def sybil(net: Network, machine: Machine) -> Iterator[None]:
 
 
 def ring(net: Network, machine: Machine) -> Iterator[None]:
-    """Thirty names, each coordinator and Island, credit each other with all there is, and return junk. Caught ones get
-    new names.
+    """Thirty names, each coordinator and Island, credit each other with all there is, and return junk. Caught
+    ones get new names.
     """
     names = [net.identity() for _ in range(30)]
     while True:
@@ -202,8 +203,9 @@ def ring(net: Network, machine: Machine) -> Iterator[None]:
 
 
 def sleeping_coordinator(net: Network, machine: Machine) -> Iterator[None]:
-    """Four weeks of true statements backed by the machine's own work, verified by the honest; then it credits thirty
-    names with all there is, and they return junk.
+    """Four weeks of true statements backed by the machine's own work, verified by the honest; then it credits
+    thirty names with all there is, and they return junk. The honest go on verifying, and find nothing behind
+    its words.
     """
     coordinator = net.identity()
     names = [net.identity() for _ in range(30)]
@@ -212,6 +214,7 @@ def sleeping_coordinator(net: Network, machine: Machine) -> Iterator[None]:
             machine.worked += JOBS_PER_HOUR
             net.witnesses[net.hour % HONEST].saw(net.now, coordinator, attested_units=VERIFIED_UNITS)
         else:
+            net.witnesses[net.hour % HONEST].saw(net.now, coordinator, lies=1)
             praise(net, [coordinator], names)
             at = net.hour % len(names)
             if work(net, machine, names[at], JOBS_PER_HOUR, 100):
@@ -230,7 +233,9 @@ def slander(net: Network, machine: Machine) -> Iterator[None]:
 
 
 def trusted_slander(net: Network, machine: Machine) -> Iterator[None]:
-    """The same by one coordinator whose statements the honest verified for four weeks, as often as each other's."""
+    """The same by one coordinator whose statements the honest verified for four weeks, as often as each
+    other's. Failures can not be verified, so it is never found out.
+    """
     coordinator = net.identity()
     while True:
         machine.worked += JOBS_PER_HOUR
@@ -258,7 +263,7 @@ def accuse(net: Network, issuers: list[int], subject: int) -> None:
     if net.hour % 6:
         return
     for issuer in issuers:
-        net.state(Statement(issuer, subject, POLICY.sequence_at(net.now), Counters(failures=10**6, lies=10**6)))
+        net.state(Statement(issuer, subject, POLICY.sequence_at(net.now), Counters(failures=10**6)))
 
 
 STRATEGIES: dict[str, Callable[[Network, Machine], Iterator[None]]] = {

@@ -254,11 +254,19 @@ class KarmaPolicy:
         past = self.fold(statement, epoch)
         return max(0, past.merit_units), min(self.debit_cap_units, past.lie_units - min(0, past.merit_units))
 
-    def net_units(self, credit_units: int, debit_units: int) -> int:
-        """Of weighted sums over issuers. The cap holds for all together: who has many to praise it could
-        otherwise afford to cheat one.
+    def hearsay_units(self, credit_units: int, debit_units: int) -> int:
+        """What another's statement counts, before it is weighed by trust: blame at most as much as praise."""
+        return max(-self.credit_cap_units, credit_units - debit_units)
+
+    def net_units(self, own_credit_units: int, own_debit_units: int, hearsay_units: int) -> int:
+        """First-hand credit and debit, and the weighed sum of others' words, in one.
+
+        Credit from all sides together is capped, and what was held against the peer first-hand is taken off
+        after that: no praise by others outweighs what one saw oneself, so a cheat can not hide behind those
+        it serves well. Blame by others is set against praise by others, so a slanderer meets all who know
+        better.
         """
-        return min(self.credit_cap_units, credit_units) - debit_units
+        return min(self.credit_cap_units, own_credit_units + hearsay_units) - own_debit_units
 
     def points_mpt(self, net_units: int) -> int:
         """Thousandths of a point for so many net hours: 1.5 a unit of work below the threshold, 1 above."""

@@ -127,16 +127,19 @@ class KarmaStore(Generic[P]):
     def standing(self, subject: P, epoch: int) -> Standing:
         """The peer's karma in this epoch; 0 points if nothing is known."""
         self._refresh(epoch)
-        credit = debit = issuers = 0
+        own_credit = own_debit = hearsay = issuers = 0
         for issuer in self._about.get(subject, ()):
             trust = self._trust.get(issuer, 0)
             statement = self._said.get(issuer, subject)
-            if trust and statement is not None:
-                good, bad = self.policy.for_and_against(statement, epoch)
-                credit += trust * good
-                debit += trust * bad
-                issuers += 1
-        net_units = self.policy.net_units(credit // FULL, -(-debit // FULL))
+            if not trust or statement is None:
+                continue
+            issuers += 1
+            credit, debit = self.policy.for_and_against(statement, epoch)
+            if issuer == self.me:
+                own_credit, own_debit = credit, debit
+            else:
+                hearsay += trust * self.policy.hearsay_units(credit, debit)
+        net_units = self.policy.net_units(own_credit, own_debit, hearsay // FULL)
         return Standing(self.policy.points_mpt(net_units), net_units, issuers)
 
     def points_mpt(self, subject: P, epoch: int) -> int:

@@ -21,10 +21,10 @@ because a walk enters S for the first time with damping * phi in all, and whatev
 1 / (1 - damping) expected steps left. So trust can be moved about within S, never made, and who splits into a
 thousand identities divides it by a thousand. Rounding is downwards only, so the bound is exact in integers.
 
-What it means for karma: one issuer's words are worth between -debit_cap and +credit_cap hours, times its trust
-(routing/karma.py). So S as a whole lifts no Island by more than bound * credit_cap, and pulls none down by
-more than bound * debit_cap: while bound < knee / credit_cap (1/6 by default: 6.7 of 40 hours), nobody comes
-over the monetization threshold on the word of S alone.
+What it means for karma: another's word is worth between -credit_cap and +credit_cap hours, times its issuer's
+trust (`KarmaPolicy.hearsay_units`). So all that S states moves no peer's karma by more than bound *
+credit_cap, up or down: while bound < knee / credit_cap (1/6 by default: 6.7 of 40 hours), nobody comes over
+the monetization threshold on the word of S alone.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def test_negative_work_is_our_bug() -> None:
 
 
 def net(statement: Statement[int], epoch: int = EPOCH) -> int:
-    return POLICY.net_units(*POLICY.for_and_against(statement, epoch))
+    return POLICY.net_units(*POLICY.for_and_against(statement, epoch), 0)
 
 
 def points(statement: Statement[int], epoch: int = EPOCH) -> int:
@@ -193,8 +193,10 @@ def test_much_work_does_not_wash_off_a_lie_but_makes_good_for_failures() -> None
 
 
 def test_all_praise_together_is_worth_no_more_than_a_week() -> None:
-    assert POLICY.net_units(10 * POLICY.credit_cap_units, 0) == POLICY.credit_cap_units
-    assert POLICY.net_units(10 * POLICY.credit_cap_units, POLICY.lie_units) == 0
+    full = POLICY.credit_cap_units
+    assert POLICY.net_units(full, 0, 10 * full) == full
+    assert POLICY.net_units(full, POLICY.lie_units, 10 * full) == 0
+    assert POLICY.hearsay_units(0, POLICY.debit_cap_units) == -POLICY.hearsay_units(full, 0) == -full
 
 
 # --- decay ----------------------------------------------------------------------------------------

@@ -107,32 +107,29 @@ def test_work_as_an_island_buys_no_belief() -> None:
     assert store.points_mpt(ISLAND, EPOCH) == 0
 
 
-def test_who_cheats_one_can_not_hide_behind_the_praise_of_many() -> None:
+def test_who_cheats_me_can_not_hide_behind_the_praise_of_many() -> None:
     store = KarmaStore(ME, dict.fromkeys(range(1, 6), FULL))
     for issuer in range(6):
-        store.merge(stated(issuer, work_units=100 * HOUR_UNITS, lies=int(issuer == 3)), EPOCH)
-    assert store.points_mpt(ISLAND, EPOCH) <= 0
+        store.merge(stated(issuer, work_units=100 * HOUR_UNITS, lies=int(issuer == ME)), EPOCH)
+    assert store.points_mpt(ISLAND, EPOCH) == 0
 
 
-REGION = range(10, 20)
-honest_words = st.lists(
-    st.tuples(
-        st.integers(0, 4),
-        st.sampled_from([0, 1, 2, 3, 4, *REGION, 50, 51]),
-        st.integers(0, 60),
-        st.integers(0, 60),
-    ),
-    max_size=40,
-)
+def test_a_slanderer_meets_all_who_know_better() -> None:
+    store = KarmaStore(ME, dict.fromkeys(range(1, 4), FULL))
+    for issuer in (ME, 1, 2):
+        store.merge(stated(issuer, work_units=100 * HOUR_UNITS), EPOCH)
+    store.merge(stated(3, lies=1000, failures=10**6), EPOCH)
+    assert store.points_mpt(ISLAND, EPOCH) == 43_333
+
+
+REGION = range(10, 12)
+peers_spoken_of = st.sampled_from([0, 1, 2, *REGION, 50])
+hours = st.integers(0, 60)
+honest_words = st.lists(st.tuples(st.integers(0, 2), peers_spoken_of, hours, hours), min_size=5, max_size=30)
 region_words = st.lists(
-    st.tuples(
-        st.sampled_from(REGION),
-        st.sampled_from([0, 1, 2, 3, 4, *REGION, 50, 51]),
-        st.integers(0, 60),
-        st.integers(0, 60),
-        st.integers(0, 3),
-    ),
-    max_size=60,
+    st.tuples(st.sampled_from(REGION), peers_spoken_of, hours, hours, st.integers(0, 3)),
+    min_size=3,
+    max_size=30,
 )
 
 
@@ -149,8 +146,8 @@ def test_what_a_region_can_do_to_anybody_is_bounded(
         store.merge(
             stated(issuer, subject, attested_units=attested * HOUR_UNITS, work_units=work * HOUR_UNITS), EPOCH
         )
-    before = [store.standing(island, EPOCH).net_units for island in (50, 51)]
-    graph = {issuer: store._row(issuer) for issuer in range(5)}
+    before = store.standing(50, EPOCH).net_units
+    graph = {issuer: store._row(issuer) for issuer in range(3)}
     policy = TrustPolicy()
     bound = (
         attack_flow(seeds, graph, REGION, policy) * policy.damping_percent // (100 - policy.damping_percent) + 1
@@ -159,10 +156,8 @@ def test_what_a_region_can_do_to_anybody_is_bounded(
     for issuer, subject, attested, work, lies in said.values():
         counters = {"attested_units": attested * HOUR_UNITS, "work_units": work * HOUR_UNITS, "lies": lies}
         store.merge(stated(issuer, subject, **counters), EPOCH)
-    after = [store.standing(island, EPOCH).net_units for island in (50, 51)]
-    for old, new in zip(before, after, strict=True):
-        assert new - old <= bound * POLICY.credit_cap_units // FULL + 2
-        assert old - new <= bound * POLICY.debit_cap_units // FULL + 2
+    after = store.standing(50, EPOCH).net_units
+    assert abs(after - before) <= bound * POLICY.credit_cap_units // FULL + 2
 
 
 def test_a_proven_liar_is_believed_no_more() -> None:
