@@ -114,7 +114,7 @@ class IslandChanged(msgspec.Struct, Generic[P], frozen=True, gc=False):
 
 
 class IslandGone(msgspec.Struct, Generic[P], frozen=True, gc=False):
-    """`reason`: lost, silent, withdrawn, evicted."""
+    """`reason`: lost, silent, withdrawn."""
 
     peer: P
     reason: str

@@ -31,6 +31,7 @@ from routing.geography import Cap, Place, Territory, Vector, reach_km, separatio
 #: bounds the subsets that `liars` makes.
 MAX_SIGHTINGS: Final = 12
 MAX_LIARS: Final = 3
+MAX_PER_OPERATOR: Final = 3
 
 #: Round trips are rounded up to this (15 km), so that small changes do not cost a new judgement.
 RTT_STEP_NS: Final = 100 * MICROSECOND_NS
@@ -45,6 +46,10 @@ SLACK_KM: Final = 0.001
 
 #: A machine may move. A round trip counts for at least this long and at most twice as long.
 SIGHTING_PERIOD_NS: Final = 600 * SECOND_NS
+
+
+_Seen = tuple[int, str, float, float]
+"""Round trip in steps, operator, latitude, longitude."""
 
 
 class Verdict(Enum):
@@ -121,11 +126,13 @@ def judge(territory: Territory, sightings: Sequence[Sighting], *, liars: int = 1
         key = sighting.operator, sighting.place
         steps = -(-sighting.rtt_ns // RTT_STEP_NS)
         nearest[key] = min(nearest.get(key, steps), steps)
-    seen = sorted((steps, who, place.latitude, place.longitude) for (who, place), steps in nearest.items())
+    rows = sorted((steps, who, place.latitude, place.longitude) for (who, place), steps in nearest.items())
+    seen: list[_Seen] = []
+    for row in rows:
+        # The nearest first, but no operator crowds out the others.
+        if sum(other[1] == row[1] for other in seen) < MAX_PER_OPERATOR:
+            seen.append(row)
     return _judge(territory, tuple(seen[:MAX_SIGHTINGS]), liars)
-
-
-_Seen = tuple[int, str, float, float]
 
 
 @lru_cache(maxsize=4096)

@@ -294,7 +294,10 @@ def rank(
 
 
 def choose(ranked: Sequence[Candidate[P]], dice: Dice) -> Candidate[P] | None:
-    """The one to ask first. Draws only if the first one's load is known from an old advert."""
+    """The one to ask first. Draws only if the first one's load is known from an old advert, and if there is
+    any load among the near-best: in a quiet network the nearest and fastest is the right one, however old
+    its word.
+    """
     if not ranked:
         return None
     best = ranked[0]
@@ -302,6 +305,6 @@ def choose(ranked: Sequence[Candidate[P]], dice: Dice) -> Candidate[P] | None:
         return best
     limit_ns = best.expected_ns + best.expected_ns // NEAR_BEST_DIVISOR + NEAR_BEST_NS
     near = [candidate for candidate in ranked if candidate.expected_ns <= limit_ns]
-    if len(near) == 1:
+    if len(near) == 1 or not any(candidate.load_permille for candidate in near):
         return best
     return min(dice.sample(near, 2), key=lambda candidate: (candidate.load_permille, candidate.expected_ns))

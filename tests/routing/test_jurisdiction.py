@@ -165,6 +165,13 @@ def test_one_liar_proves_nothing_and_slanders_nobody() -> None:
     assert judge(JURISDICTIONS["EU"], [*honest, enemy]) is not Verdict.IMPOSSIBLE
 
 
+def test_one_operator_with_many_vantage_points_crowds_out_nobody() -> None:
+    crowd = [Sighting("many", Place(40.3 + n / 100, -3.8), 500_000) for n in range(20)]
+    one = Sighting("b", Place(40.5, -3.6), 900_000)
+    assert judge(JURISDICTIONS["EU"], crowd) is Verdict.UNPROVEN
+    assert judge(JURISDICTIONS["EU"], [*crowd, one]) is Verdict.PROVEN
+
+
 def test_near_a_border_nothing_is_proven() -> None:
     """Basel lies where three countries meet. Shapes keep away from borders, so that not even two of them
     together are proven there.

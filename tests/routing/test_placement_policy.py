@@ -183,10 +183,16 @@ def test_fresh_loads_are_believed_and_old_ones_drawn_for() -> None:
     assert taken == {"b", "c"}  # of a and b it is b, of any pair with c it is c; never the far one
 
 
+def test_in_a_quiet_network_the_best_is_taken() -> None:
+    old = STALE_LOAD_NS + 1
+    idle = [candidate("a", 100, 0, old), candidate("b", 101, 0, old)]
+    assert all(choose(idle, Dice(seed)) is idle[0] for seed in range(20))
+
+
 def test_gateways_with_the_same_old_news_do_not_all_choose_the_same() -> None:
     book: IslandBook[int] = IslandBook()
     for peer in range(20):
-        book.admit(Instant(0), peer, advert(), 1)
+        book.admit(Instant(0), peer, advert(active=1), 1)
     ranked = soonest(Instant(2 * SECOND_NS), book, Query(JOB, Outlook(rtt_of=lambda _: 10**7)))
     taken = [choose(ranked, Dice(gateway)) for gateway in range(200)]
     counts = [sum(1 for c in taken if c is not None and c.peer == peer) for peer in range(20)]
