@@ -82,6 +82,18 @@ CHARTS: Final[tuple[Spec, ...]] = (
         "Placement regret", "jobs", "regret_s", "s", "Beyond the best that one who knew all could have chosen."
     ),
     _Cdf("Price per job", "jobs", "price_ucr", "micro-credits", "At the Islands' asking prices."),
+    _Lines(
+        "Karma",
+        "karma:",
+        "points, median",
+        "In the eyes of the honest coordinators; +10 is the threshold for pay.",
+    ),
+    _Bars(
+        "What attacking pays",
+        "hours' prices",
+        (("honest", "income of an honest machine"), ("attacker", "income of an attacking machine")),
+        "Income of one machine over the whole run: paid work less the cost of what was computed.",
+    ),
     _Lines("Jobs open", "jobs open", "jobs", "Running or queued, all gateways together."),
     _Lines("Jobs waiting", "jobs waiting for an Island", "jobs", "Nobody known can take them now."),
     _Lines(

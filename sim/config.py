@@ -181,6 +181,19 @@ class JobSettings(Section, frozen=True, kw_only=True):
     settle_s: Seconds = 20.0
 
 
+class KarmaSettings(Section, frozen=True, kw_only=True):
+    """Coordinators that state, gossip and judge; what of world.nodes is no coordinator is an Island (study
+    "karma", where world.duration_s is counted in hours of work). `attackers`: their share of the Islands.
+    `audited`: share of jobs replayed before they are paid.
+    """
+
+    coordinators: Annotated[int, Meta(ge=2, le=1000)] = 6
+    attack: Literal["none", "free-rider", "whitewash", "sleeper", "collusion", "sybil", "slander"] = "none"
+    attackers: Share = 0.25
+    jobs_per_hour: Annotated[int, Meta(ge=2, le=3600)] = 60
+    audited: Share = 0.05
+
+
 class LossSettings(Section, frozen=True, kw_only=True):
     """So many coordinators die at once. `silent`: nobody's connection is closed; heartbeats tell."""
 
@@ -201,7 +214,7 @@ class ScenarioSettings(Section, frozen=True, kw_only=True):
 
     title: str
     summary: str = ""
-    study: Literal["dht", "jobs"] = "dht"
+    study: Literal["dht", "jobs", "karma"] = "dht"
     world: WorldSettings = WorldSettings()
     links: LinkSettings = LinkSettings()
     connections: ConnectionSettings = ConnectionSettings()
@@ -214,4 +227,5 @@ class ScenarioSettings(Section, frozen=True, kw_only=True):
     attack: tuple[AttackSettings, ...] = ()
     jobs: JobSettings = JobSettings()
     loss: tuple[LossSettings, ...] = ()
+    karma: KarmaSettings = KarmaSettings()
     variant: tuple[VariantSettings, ...] = ()

@@ -8,6 +8,7 @@ packet costs a retransmission instead of the message. When one breaks, the machi
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
@@ -84,6 +85,8 @@ class Connections:
         self.dials = 0
         self.failed_dials = 0
         self.relayed = 0
+        #: Called with (dialler, dialled, instant from which messages may leave) at each new connection.
+        self.opened: list[Callable[[int, int, int], None]] = []
         self._world = world
         self._kept: list[OrderedDict[int, Connection]] = []
         self._nat: list[Nat] = []
@@ -182,6 +185,8 @@ class Connections:
         link = Connection(src, peer, now + setup_ns, relay)
         self._keep(src, peer, link)
         self._keep(peer, src, link)
+        for told in self.opened:
+            told(src, peer, link.ready)
         return link
 
     def _keep(self, node: int, peer: int, link: Connection) -> None:

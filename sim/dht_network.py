@@ -8,21 +8,27 @@ import dataclasses
 import difflib
 import hashlib
 import struct
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Final, Protocol, TypeAlias, cast
 
 from dht.coordinates import UNKNOWN
 from dht.core import Core
 from dht.directory import Keys
+from dht.events import RoundTripSeen
 from dht.keys import KEY_BITS, key_of_peer
 from dht.machine import DhtMachine
 from dht.messages import DhtMessage, Nodes, Providers, Records
 from dht.policy import DhtPolicy
+from dht.table import MAX_BUCKETS, VERIFIED
 from protocol.ids import PeerId, peer_id_of
+from protocol.instants import MILLISECOND_NS, Instant
 from sim.config import DhtSettings
+from sim.connections import ConnectionPolicy
 from sim.coordinates import settle
-from sim.draws import Draws, Stream, machine_stream
+from sim.draws import Draws, Stream, WireDraws, machine_stream
 from sim.settings import ScenarioError
 from sim.world import AnyMachine, World
 
@@ -34,6 +40,12 @@ DHT_SERVICE: Final = 0
 #: Size of a message without lists, and per contact in it, bytes: means of the wire format (tests compare).
 BASE_BYTES: Final = 100
 CONTACT_BYTES: Final = 96
+
+#: As in the node: what making a connection may take beside its round trips.
+CONNECT_ALLOWANCE_NS: Final = 100 * MILLISECOND_NS
+
+#: The first heartbeat on a new connection is back a round trip and this much later.
+_HEARTBEAT_NS: Final = 1 * MILLISECOND_NS
 
 #: Candidates per place that a table at rest has chosen among, by RTT: `build_tables` takes the nearest k of so
 #: many times k. Networks that really joined and lived for ten minutes come to the same mean RTT of entries
@@ -81,7 +93,7 @@ class DhtNetwork:
         self.world = world
         self.settings = settings
         self.directory = SimDirectory()
-        self.policy = policy_of(settings)
+        self.policy = policy_of(settings, None if world.connections is None else world.connections.policy)
         #: Keys of the nodes that serve (up, joined or about to, no clients), sorted, each with its node.
         self.serving: list[tuple[int, int]] = []
         self.clients: set[int] = set()
@@ -89,6 +101,8 @@ class DhtNetwork:
         self._coordinates: dict[int, int] = {}
         self._groups = Draws(world.seed, Stream.ISLANDS)
         world.service(DHT, size_of=estimated_size)
+        if world.connections is not None:
+            world.connections.opened.append(self._connected)
         if codec:
             from sim.dht_codec import DhtCodec  # noqa: PLC0415 - only this mode pays for it
 
@@ -134,6 +148,13 @@ class DhtNetwork:
             machine = cast("Behaviour", machine).inner
         return machine
 
+    def _connected(self, a: int, b: int, ready: int) -> None:
+        """Heartbeats measure the round trip of a kept connection at both ends."""
+        rtt_ns = self.world.rtt_ns(a, b)
+        at = Instant(ready + rtt_ns + _HEARTBEAT_NS)
+        self.world.order(a, DHT, RoundTripSeen(b, rtt_ns), at)
+        self.world.order(b, DHT, RoundTripSeen(a, rtt_ns), at)
+
     def closest(self, target: int, count: int) -> list[int]:
         """The truth: the `count` serving nodes closest to the target, closest first."""
         serving = self.serving
@@ -172,50 +193,79 @@ class DhtNetwork:
         }
         self._coordinates = settle(self.world, vivaldis, dice)
         order = [*nodes, *sorted(self.clients)]
+        fast = WireDraws(dice.u64())
         for done, node in enumerate(order):
-            self._fill(node, dice)
+            self._fill(node, fast)
             if progress is not None and done % 256 == 0:
                 progress(done / len(order))
 
-    def _fill(self, node: int, dice: Draws) -> None:
+    def _fill(self, node: int, dice: WireDraws) -> None:
         machine = self.machine(node)
         if machine is None:
             return
+        buckets = self._buckets(node, dice)
+        # A measured entry is one with a connection; where there are connections, there are none yet.
+        measured = self.world.connections is None
+        rtts_us = [
+            [self.world.rtt_ns(node, peer) // 1000 or 1 if measured else 0 for peer in b] for b in buckets
+        ]
         core = _core_of(machine)
-        own, key, k = core.vivaldi.packed, self.directory.keys[node], self.policy.k
-        start, end = 0, len(self.serving)
-        for bucket in range(KEY_BITS):
-            shift = KEY_BITS - 1 - bucket
-            low = (key >> shift ^ 1) << shift
-            left = bisect_left(self.serving, (low, -1), start, end)
-            right = bisect_left(self.serving, (low + (1 << shift), -1), start, end)
-            for peer in self._chosen(node, left, right, k, dice):
-                rtt_us = max(1, self.world.rtt_ns(node, peer) // 1000)
-                there = self._coordinates.get(peer, UNKNOWN)
-                core.table.answered(peer, 0, rtt_us, there, own)
-            # What is left shares the bucket's bits and the next one with us.
-            start, end = (right, end) if key >> shift & 1 else (start, left)
-            if end - start <= 1:
-                return
+        if self.settings.hosts_per_group:  # the table itself decides on groups
+            for peers, rtts in zip(buckets, rtts_us, strict=True):
+                for peer, rtt_us in zip(peers, rtts, strict=True):
+                    there = self._coordinates.get(peer, UNKNOWN)
+                    core.table.answered(peer, 0, rtt_us, there, core.vivaldi.packed)
+            return
+        table = core.table
+        peers = [peer for bucket in buckets for peer in bucket]
+        count = len(peers)
+        table.peers = array("I", peers)
+        table.coordinates = array("Q", [self._coordinates.get(peer, UNKNOWN) for peer in peers])
+        table.rtts_us = array("I", [rtt for bucket in rtts_us for rtt in bucket])
+        table.checked = array("I", bytes(4 * count))
+        table.since = array("I", bytes(4 * count))
+        table.groups = array("H", bytes(2 * count))
+        table.flags = bytearray([VERIFIED]) * count
+        table.starts = array("H", accumulate((len(bucket) for bucket in buckets), initial=0))
 
-    def _chosen(self, node: int, left: int, right: int, k: int, dice: Draws) -> list[int]:
-        serving = self.serving
-        if right - left <= k:
+    def _buckets(self, node: int, dice: WireDraws) -> list[list[int]]:
+        """Peers by bucket: bucket i shares i bits with the node, the last one all that share more."""
+        serving, key, k = self.serving, self.directory.keys[node], self.policy.k
+        buckets: list[list[int]] = []
+        start, end = 0, len(serving)
+        for bit in range(MAX_BUCKETS - 1):
+            if end - start <= k:
+                break
+            shift = KEY_BITS - 1 - bit
+            upper = (key >> shift | 1) << shift
+            middle = bisect_left(serving, (upper, -1), start, end)
+            if key >> shift & 1:
+                buckets.append(self._chosen(node, start, middle, dice))
+                start = middle
+            else:
+                buckets.append(self._chosen(node, middle, end, dice))
+                end = middle
+        buckets.append([peer for _, peer in serving[start:end] if peer != node][:k])
+        return buckets
+
+    def _chosen(self, node: int, left: int, right: int, dice: WireDraws) -> list[int]:
+        serving, policy, span = self.serving, self.policy, right - left
+        if span <= policy.k:
             return [peer for _, peer in serving[left:right]]
-        wanted = min(right - left, k * REST_POOL if self.policy.rtt_aware else k)
-        if wanted == right - left:
+        wanted = min(span, policy.k * REST_POOL if policy.rtt_aware else policy.k)
+        if wanted == span:
             drawn = [peer for _, peer in serving[left:right]]
         else:
             places: dict[int, None] = {}
             while len(places) < wanted:
-                places[left + dice.below(right - left)] = None
+                places[left + dice.u64() % span] = None
             drawn = [serving[place][1] for place in places]
-        if self.policy.rtt_aware:
-            rtt = self.world.rtt_ns
-            seniors, rest = drawn[: self.policy.senior_entries], drawn[self.policy.senior_entries :]
-            rest.sort(key=lambda peer: (rtt(node, peer), peer))
-            drawn = [*seniors, *rest][:k]
-        return drawn
+        if not policy.rtt_aware:
+            return drawn[: policy.k]
+        rtt = self.world.rtt_ns
+        seniors, rest = drawn[: policy.senior_entries], drawn[policy.senior_entries :]
+        rest.sort(key=lambda peer: (rtt(node, peer), peer))
+        return [*seniors, *rest][: policy.k]
 
 
 def estimated_size(message: DhtMessage) -> int:
@@ -227,8 +277,18 @@ def estimated_size(message: DhtMessage) -> int:
     return BASE_BYTES
 
 
-def policy_of(settings: DhtSettings) -> DhtPolicy:
-    """The policy with the scenario's changes. Raises ScenarioError."""
+def policy_of(settings: DhtSettings, connections: ConnectionPolicy | None = None) -> DhtPolicy:
+    """The policy with the scenario's changes; where messages wait for connections, with the node's own changes
+    first. Raises ScenarioError.
+    """
+    base = DhtPolicy()
+    if connections is not None:
+        base = dataclasses.replace(
+            base,
+            connect_ns=CONNECT_ALLOWANCE_NS,
+            connect_rtts=connections.setup_rtts + 1,
+            rtt_from_first_answer=False,
+        )
     known = {field.name: field for field in dataclasses.fields(DhtPolicy)}
     for name, value in settings.policy.items():
         if name not in known:
@@ -239,7 +299,7 @@ def policy_of(settings: DhtSettings) -> DhtPolicy:
             kind = "true or false" if isinstance(known[name].default, bool) else "a whole number"
             raise ScenarioError(f"dht.policy.{name} must be {kind}")
     try:
-        return dataclasses.replace(DhtPolicy(), **settings.policy)  # type: ignore[arg-type]
+        return dataclasses.replace(base, **settings.policy)  # type: ignore[arg-type]
     except ValueError as error:
         raise ScenarioError(f"dht.policy: {error}") from error
 

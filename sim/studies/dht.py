@@ -231,7 +231,9 @@ class DhtStudy:
     def _look_up(self, what: tuple[int, int]) -> None:
         number, target = what
         node = self.attackers.honest_of(self._live, self.dice)
-        truth = tuple(self.network.closest(target, self.network.policy.k))
+        k = self.network.policy.k
+        others = [peer for peer in self.network.closest(target, k + 1) if peer != node]
+        truth = tuple(others[:k])
         self._asked[number] = _Asked(self.world.now, node, target, truth)
         providers = self.settings.dht.lookup == "providers"
         ticket = _LOOKUP | number

@@ -29,6 +29,8 @@ def tiny(name, **changes):
     tree = scenario.tree
     if tree.get("study") == "jobs":
         own |= {"jobs.coordinators": 3, "jobs.gateways": 2, "jobs.settle_s": 5}
+    if tree.get("study") == "karma":
+        own["world.duration_s"] = 12 * 3600
     for what in ("kill", "storm", "partition"):
         for number, _ in enumerate(tree.get(what, ())):
             own[f"{what}.{number}.at_s"] = 4
