@@ -185,6 +185,34 @@ def test_a_waiting_job_is_served_though_the_coordinators_die(kit: Any, seed: int
     assert town.world.now - died <= 10 * SECOND_NS
 
 
+def test_a_stale_list_of_coordinators_costs_three_seconds_more(kit: Any) -> None:
+    """The two next best of the list died long ago; no link tells so, they are only silent."""
+    town = Town(kit)
+    world = town.world
+    for n in (5, 6):
+        world.add(n, town.coordinator(n))
+        world.order(n, Serve(Identity()))
+    world.kill(3)
+    world.kill(4)
+    more = tuple(CoordinatorCandidate(n, n * 10 * MILLISECOND_NS, n) for n in (5, 6))
+    for n in ISLANDS:
+        world.order(n, affiliation.FoundCoordinators(more))
+    world.order(GATEWAY, following_events.FoundCoordinators(more))
+    world.order(GATEWAY, Want(town.cargo))
+    world.run(3 * SECOND_NS)
+    world.kill(1)
+    world.kill(2)
+    gateway = town.machine(GATEWAY)
+    assert world.run(
+        10 * SECOND_NS,
+        lambda: (
+            all(set(town.machine(n).coordinators) == {5, 6} for n in ISLANDS)
+            and all(set(gateway.followed.get(town.cargo, n).by) & {5, 6} for n in ISLANDS)
+        ),
+    )
+    assert not list(world.events(GATEWAY, IslandUnseen))
+
+
 def test_one_of_two_dies_and_nobody_notices(kit: Any) -> None:
     town = Town(kit)
     town.world.order(GATEWAY, Want(town.cargo))
