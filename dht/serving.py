@@ -2,12 +2,14 @@
 
 Nothing here grows without a bound of dht/limits.py: answering keeps no state but a count per peer and window,
 and what is stored is bounded per key, per peer and in all. A record or provider record is taken only if we are
-plausibly among the closest to its key: fewer than 2k entries of our table are closer than we are.
+plausibly among the closest to its key: we know fewer than k peers that are closer, or by the estimated size of
+the network fewer than 2k are.
 """
 
 from __future__ import annotations
 
 from dht.core import Core
+from dht.keys import KEY_BITS
 from dht.limits import (
     FLOOD_WINDOW_NS,
     MAX_COUNTED_PEERS,
@@ -176,12 +178,12 @@ class Serving:
         core = self._core
         if core.client:
             return False
-        reach = STORAGE_SLACK * core.policy.k
-        places = core.table.closest(key, reach)
-        if len(places) < reach:
+        k = core.policy.k
+        distance = core.keys[core.me] ^ key
+        places = core.table.closest(key, k)
+        if len(places) < k or core.keys[core.table.peers[places[-1]]] ^ key > distance:
             return True
-        farthest = core.keys[core.table.peers[places[-1]]] ^ key
-        return core.keys[core.me] ^ key < farthest
+        return core.size_estimate() * distance >> KEY_BITS < STORAGE_SLACK * k
 
     def open(self, envelope: Envelope) -> Opened[RecordBody]:
         """Raises ProtocolError if it is no valid record."""

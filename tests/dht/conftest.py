@@ -1,4 +1,4 @@
-"""A small world of virtual time for the DHT's tests: machines, delays, deaths. The simulator has the large one."""
+"""A small world of virtual time for the DHT's tests. The simulator has the large one."""
 
 from __future__ import annotations
 
