@@ -19,6 +19,8 @@ async function obey ({ order, client = 0, args = [] }) {
   if (orders[order]) return await orders[order](...args) ?? null
   if (order === 'putRecord') args[2] = new TextEncoder().encode(args[2])
   if (order === 'peers') return clients[client].peers
+  const options = args.at(-1)
+  if (options?.abortAfterMs) options.signal = AbortSignal.timeout(options.abortAfterMs)
   const found = await clients[client][order](...args) ?? null
   if (order === 'getRecords') found.records = found.records.map(({ issuer, value }) => ({ issuer, value: text(value) }))
   return found

@@ -17,16 +17,17 @@ from dht.keys import key_of_capability, key_of_cargo, key_of_peer, key_of_record
 from dht.records import open_record_untrusted, seal_record
 from dht.wire import DHT_CODEC, METHOD_DHT, WireMessage, WireRecord
 from node.identity import new_identity
-from node.p2p import open_host
+from node.p2p import Stream, open_host
 from node.p2p.identify import identify
 from node.p2p.ping import ping
 from node.peers import open_peers
 from protocol.adverts import Hello
-from protocol.codec import Message
+from protocol.codec import LENGTH, Message, encode
 from protocol.dice import Dice
 from protocol.ids import CargoDigest, PeerId
 from protocol.instants import SECOND_NS
 from protocol.limits import MAX_RPC_BYTES
+from protocol.rpc import RPC_PROTOCOL, Reply
 
 pytestmark = [pytest.mark.npm, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -279,6 +280,63 @@ async def test_who_answers_nothing_or_anything_else_is_given_up(js: Any, network
         with trio.fail_after(PATIENCE_S):
             found = await js.getRecords("notes", "nothing")
         assert found["cost"]["failures"] == 2
+
+
+async def test_a_signal_ends_the_wait(js: Any) -> None:
+    async with liar(lambda _: None) as silent:
+        await js.connect(silent)
+        began = trio.current_time()
+        with pytest.raises(Exception, match="TimeoutError"):
+            await js.findNode("role:x", {"abortAfterMs": 50})
+        assert trio.current_time() - began < 4  # the answer's own time is 5 s
+
+
+def frame(body: bytes, size: int | None = None) -> bytes:
+    return LENGTH.pack(len(body) if size is None else size) + body
+
+
+HELLO_REPLY = encode(Reply(0, encode(Hello("liar", "0"))))
+
+
+@pytest.mark.parametrize(
+    ("greets", "words", "raw"),
+    [
+        (False, "frame of 4294967295 bytes", frame(b"", 0xFFFFFFFF)),
+        (False, "protocol", frame(b"\xc1")),
+        (False, "protocol", frame(b"\xdd\xff\xff\xff\xff")),
+        (False, "map was expected", frame(b"\x90")),
+        (False, "unknown type", frame(b"\x81\xa4type\xa1?")),
+        (False, "protocol", frame(encode(Reply(0, b"\xc1")))),
+        (True, "frame of", frame(b"", 1 << 20)),
+        (True, "protocol", frame(b"\x81\xa4type" * 2000)),
+        (True, "protocol", frame(b"\x91" * 200_000)),
+        (True, "closed", b""),
+    ],
+)
+async def test_frames_that_make_no_sense_end_the_link_only(
+    js: Any, network: Network, greets: object, words: str, raw: bytes
+) -> None:
+    async def lie(stream: Stream) -> None:
+        await stream.receive_some()
+        if greets:
+            # In pieces, with the start of the next frame: it must wait for the rest.
+            reply = frame(HELLO_REPLY)
+            await stream.send_all(reply[:3])
+            await stream.send_all(reply[3:])
+            await stream.receive_some()
+        await stream.send_all(raw)
+
+    async with open_host(new_identity()) as host, network(1) as [node]:
+        host.handle(RPC_PROTOCOL, lie)
+        if greets:
+            await js.connect(host.addresses[0])
+            with pytest.raises(Exception, match=words):
+                await js.pingLink(host.peer)
+        else:
+            with pytest.raises(Exception, match=words):
+                await js.connect(host.addresses[0])
+        await js.connect(node.address)
+        assert await js.pingLink(node.peer) > 0
 
 
 async def test_clear_errors(js: Any, network: Network) -> None:

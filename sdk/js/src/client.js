@@ -13,7 +13,7 @@ import { scopeOfRemote } from './addresses.js'
 import { Dht } from './dht.js'
 import { keyOfName, keyOfRecord } from './keys.js'
 import { sealRecord } from './records.js'
-import { openLink, pack, RPC_PROTOCOL, RpcLink, unpack } from './rpc.js'
+import { abortable, openLink, pack, RPC_PROTOCOL, RpcLink, unpack } from './rpc.js'
 
 export const VERSION = '0.1.0'
 
@@ -68,7 +68,8 @@ export class Client {
     this.#dht = new Dht((contact, signal) => this.#reach(contact, signal), () => this.#contacts())
     libp2p.handle(RPC_PROTOCOL, (stream, connection) => {
       this.#adopt(connection.remotePeer.toString(), new RpcLink(stream, () => this.#greeting()))
-    })
+      this.#closeIdle()
+    }, { maxInboundStreams: 2 })
   }
 
   /** Addresses at which this client listens, with its peer id. @returns {string[]} */
@@ -247,14 +248,4 @@ export class Client {
       this.libp2p.hangUp(peerIdFromString(peer)).catch(() => {})
     }
   }
-}
-
-function abortable (promise, signal) {
-  if (signal === undefined) return promise
-  return new Promise((resolve, reject) => {
-    const onAbort = () => reject(signal.reason)
-    if (signal.aborted) return onAbort()
-    signal.addEventListener('abort', onAbort, { once: true })
-    promise.then(resolve, reject).finally(() => signal.removeEventListener('abort', onAbort))
-  })
 }

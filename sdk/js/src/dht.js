@@ -6,7 +6,7 @@
 import { distance, isPeer, keyOfPeer } from './keys.js'
 import { usableAddresses } from './addresses.js'
 import { openRecord } from './records.js'
-import { pack, unpack } from './rpc.js'
+import { abortable, pack, unpack } from './rpc.js'
 
 /** Contacts in an answer, and copies of what is stored: the network's constant. */
 export const K = 20
@@ -177,7 +177,7 @@ export class Dht {
         }).catch(() => noteFailure(next)).finally(() => open.delete(asking))
         open.add(asking)
       } else if (open.size > 0) {
-        await Promise.race(open)
+        await abortable(Promise.race(open), signal)
       } else {
         break
       }

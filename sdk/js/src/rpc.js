@@ -224,7 +224,7 @@ export class RpcLink {
         break
       case 'q':
         if (frame.method === 'hello' && frame.body instanceof Uint8Array) {
-          this.hello = unpack(frame.body)
+          this.hello = readHello(frame.body)
           this.#send({ type: 'r', call: frame.call, body: pack({ type: 'hello', ...this.#greeting() }) })
         } else {
           this.#send({ type: 'x', call: frame.call, code: 'unknown-method', detail: 'a client serves hello only' })
@@ -238,6 +238,20 @@ export class RpcLink {
   }
 }
 
+const texts = list => Array.isArray(list) ? list.filter(text => typeof text === 'string') : []
+
+/** What a peer says of itself. Throws LinkLost if it makes no sense. @param {Uint8Array} bytes */
+function readHello (bytes) {
+  let hello
+  try {
+    hello = unpack(bytes)
+  } catch (error) {
+    throw new LinkLost(`the peer broke the protocol: hello: ${error.message}`)
+  }
+  const { name, version, roles, addresses } = hello
+  return { name: String(name ?? ''), version: String(version ?? ''), roles: texts(roles), addresses: texts(addresses) }
+}
+
 /**
  * Open the RPC stream on a connection and greet the peer. Throws CallFailed, LinkLost, and what js-libp2p throws.
  * @param connection of js-libp2p @param {() => object} greeting name, version, roles and addresses of ours
@@ -247,10 +261,21 @@ export async function openLink (connection, greeting, { signal } = {}) {
   const stream = await connection.newStream(RPC_PROTOCOL, { signal })
   const link = new RpcLink(stream, greeting)
   try {
-    link.hello = unpack(await link.call('hello', pack({ type: 'hello', ...greeting() }), { signal }))
+    link.hello = readHello(await link.call('hello', pack({ type: 'hello', ...greeting() }), { signal }))
     return link
   } catch (error) {
     link.close('hello failed')
     throw error
   }
+}
+
+/** What `promise` gives, or the signal's reason as soon as it aborts. @param {Promise<any>} promise @param {AbortSignal} [signal] */
+export function abortable (promise, signal) {
+  if (signal === undefined) return promise
+  return new Promise((resolve, reject) => {
+    const onAbort = () => reject(signal.reason)
+    if (signal.aborted) return onAbort()
+    signal.addEventListener('abort', onAbort, { once: true })
+    promise.then(resolve, reject).finally(() => signal.removeEventListener('abort', onAbort))
+  })
 }
