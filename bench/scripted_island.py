@@ -104,7 +104,7 @@ class ScriptedRuntime:
 
 def write_manifest(folder: Path) -> Path:
     """A manifest for the scripted Cargo, with its one file beside it."""
-    script = b"w0 w1 w2 ...\n"
+    script = b"w0 w1 w2 ...\n" * 8192  # 100 KiB: large enough that a few tokens of it count as work
     (folder / "script.txt").write_bytes(script)
     path = folder / "scripted.toml"
     path.write_text(MANIFEST.format(size=len(script), sha256=hashlib.sha256(script).hexdigest()))

@@ -25,6 +25,7 @@ from gateway.work_done import WorkBook
 from node.coordination.coordinator import CoordinatorService
 from node.coordination.following import FollowingService
 from node.coordination.port import CoordinationPort
+from node.manifests import fetch_manifest
 from node.overlay.overlay import Overlay
 from node.p2p import Host, Unreachable
 from node.p2p.host import plain_errors
@@ -247,6 +248,8 @@ class Mesh:
                 self.known.advertised(peer, advert, sequence)
                 if new:
                     self._want_stream(peer)
+                    digests = tuple(offered.digest for offered in advert.cargos)
+                    self._nursery.start_soon(self._learn_manifests, peer, digests)
                 self._tell_jobs()
             case IslandGone(peer):
                 if self.known.left(peer):
@@ -262,6 +265,14 @@ class Mesh:
     def _estimate_ns(self, coordinate: int) -> int | None:
         own = self._overlay.driver.machine.coordinate
         return estimate_ns(own, coordinate) if own and coordinate else None
+
+    async def _learn_manifests(self, peer: PeerId, digests: tuple[str, ...]) -> None:
+        """Ask an Island for the manifests that nobody here knows."""
+        for digest in digests:
+            if self.work.lacks(digest):
+                manifest = await fetch_manifest(self._peers, peer, CargoDigest(digest))
+                if manifest is not None:
+                    self.work.learn(manifest)
 
     def _tell_jobs(self) -> None:
         for job in tuple(self._waiting.values()):

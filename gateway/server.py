@@ -21,7 +21,7 @@ from gateway.http_server import open_listener, serve_http
 from gateway.keys import KeyRing
 from gateway.mesh import open_mesh
 from node.control import ControlMethods, serve_control
-from node.coordination.coordinator import CoordinatorConfig, open_coordinator
+from node.coordination.coordinator import CoordinatorConfig, CoordinatorService, open_coordinator
 from node.coordination.gossip import ROLE_COORDINATOR
 from node.coordination.port import CoordinationPort
 from node.identity import load_or_create_identity
@@ -42,10 +42,13 @@ _log = structlog.get_logger("gateway")
 
 @dataclass(frozen=True, slots=True)
 class GatewayReady:
-    """`url`: of the HTTP server. `addresses`: full multiaddrs for Islands' `network.coordinators`."""
+    """`url`: of the HTTP server. `addresses`: full multiaddrs for Islands' `network.coordinators`.
+    `coordinator`: this gateway's own.
+    """
 
     url: str
     addresses: tuple[str, ...]
+    coordinator: CoordinatorService
 
 
 def key_ring(settings: GatewaySettings) -> KeyRing:
@@ -119,7 +122,7 @@ async def run_gateway(
         await nursery.start(partial(serve_http, app, listener))
         _log.info("listening", http=url, mesh=list(host.addresses), peer=host.peer)
         if ready is not None:
-            await ready(GatewayReady(url, host.addresses))
+            await ready(GatewayReady(url, host.addresses, coordinator))
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -32,10 +32,13 @@ class WorkBook:
             entry.digest: entry.manifest.total_bytes for entry in builtin_catalogue()
         }
 
+    def lacks(self, digest: str) -> bool:
+        """Whether the Cargo's manifest is still to be asked for."""
+        return digest not in self._weights and len(self._weights) < MAX_MANIFESTS
+
     def learn(self, manifest: Manifest) -> None:
         """A Cargo's manifest was seen; its digest is the Cargo's."""
-        if len(self._weights) < MAX_MANIFESTS:
-            self._weights.setdefault(manifest.digest, manifest.total_bytes)
+        self._weights.setdefault(manifest.digest, manifest.total_bytes)
 
     def done(self, peer: PeerId, cargo: CargoDigest, work: Work, usage: Usage, tokens: int) -> None:
         """A job ended well there. `tokens`: what the consumer took, of all Islands together."""

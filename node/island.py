@@ -22,7 +22,7 @@ import trio
 
 from cargos.catalogue import CargoEntry
 from cargos.errors import CargoError
-from cargos.manifest import RuntimeType
+from cargos.manifest import Manifest, RuntimeType
 from cargos.progress import FetchProgress
 from cargos.resolve import resolve_cargo
 from cargos.runtimes.base import Runtime, RuntimeFailed, RuntimeSpec
@@ -37,6 +37,7 @@ from node.coordination.gossip import ROLE_COORDINATOR
 from node.coordination.port import CoordinationPort
 from node.identity import load_or_create_identity
 from node.jobs import JobService
+from node.manifests import serve_manifests
 from node.overlay.control import OverlayControl
 from node.overlay.overlay import NODE_POLICY, OverlayConfig, open_overlay
 from node.p2p import open_host
@@ -187,6 +188,7 @@ class Island:
                 host.handle(JOB_PROTOCOL, jobs.handle)
                 serve_identify(host, agent=AGENT)
                 serve_ping(host)
+                serve_manifests(peers, self._manifest)
                 for address in settings.network.coordinators:
                     peers.keep(address)
                 async with trio.open_nursery() as nursery:
@@ -211,6 +213,10 @@ class Island:
                     await leave.wait()
                     await self._say_farewell()
                     nursery.cancel_scope.cancel()
+
+    def _manifest(self, digest: str) -> Manifest | None:
+        hosted = self.state.cargos.get(digest)
+        return None if hosted is None else hosted.entry.manifest
 
     def _control_methods(self) -> ControlMethods:
         """What commands may ask the running Island."""

@@ -181,3 +181,19 @@ async def test_an_island_may_coordinate_others(net: Any) -> None:
         await until_listed(client, gateway)
         answer = await ask(client, gateway)
         assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.slow
+async def test_work_that_was_done_becomes_karma_and_is_stated(net: Any) -> None:
+    async with net() as (here, client):
+        gateway = await here.gateway("gateway")
+        island = await here.island("isle", gateway.up.addresses[0])
+        await until_listed(client, gateway)
+        assert (await ask(client, gateway)).status_code == 200
+        karma = gateway.up.coordinator.karma
+        peer = island.up.host.peer
+        await until(lambda: list(karma.store.about(peer)))
+        (statement,) = karma.store.about(peer)
+        assert statement.issuer == gateway.up.coordinator.machine.me
+        assert statement.counters.work_units > 0
+        assert (statement.counters.failures, statement.counters.timeouts) == (0, 0)
