@@ -14,6 +14,10 @@ from routing.notary import Stated
 
 P = TypeVar("P")
 
+#: (coordinator, Cargo) pairs that are kept, however many coordinators there are: each takes some 600 bytes
+#: here.
+MAX_LISTINGS: Final = 65_536
+
 
 @dataclass(frozen=True, slots=True)
 class KnownCoordinator(Generic[P]):
@@ -25,10 +29,14 @@ class KnownCoordinator(Generic[P]):
 
 
 class CoordinatorBook(Generic[P]):
-    """Latest summaries by coordinator; at most `capacity`, the one heard of longest ago goes first."""
+    """Latest summaries by coordinator; at most `capacity` of them, and `listings` Cargos in all: the one
+    heard of longest ago goes first.
+    """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, listings: int = MAX_LISTINGS) -> None:
         self._capacity: Final = capacity
+        self._most_listings: Final = listings
+        self._listings = 0
         self._known: OrderedDict[P, KnownCoordinator[P]] = OrderedDict()
         # By digest, name and name@version, in the order in which they were learnt.
         self._having: dict[str, dict[P, None]] = {}
@@ -53,7 +61,10 @@ class CoordinatorBook(Generic[P]):
         )
         for name in _names(stated.body):
             self._having.setdefault(name, {})[stated.peer] = None
-        if len(self._known) > self._capacity:
+        self._listings += len(stated.body.cargos)
+        while len(self._known) > self._capacity or (
+            self._listings > self._most_listings and len(self._known) > 1
+        ):
             self.drop(next(iter(self._known)))
         return True
 
@@ -61,6 +72,7 @@ class CoordinatorBook(Generic[P]):
         known = self._known.pop(peer, None)
         if known is None:
             return
+        self._listings -= len(known.summary.cargos)
         for name in _names(known.summary):
             peers = self._having.get(name)
             if peers is not None:

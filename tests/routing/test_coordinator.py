@@ -58,6 +58,7 @@ from routing.following_events import CoordinatorLost, Find, FoundIslands, Island
 from routing.karma_witness import KarmaWitness
 from routing.meter import Allowance, RateMeter
 from routing.notary import EnvelopeNotary, PlainNotary
+from routing.referrals import CoordinatorBook
 
 ANY = Wanted()
 
@@ -404,6 +405,23 @@ def test_others_are_remembered_within_bounds(kit: Any) -> None:
     (answer,) = desk.say(50, FindIslands(1, "m"))
     assert isinstance(answer, IslandsFound)
     assert answer.coordinators == ()  # they have expired
+
+
+def test_listings_of_coordinators_are_bounded_in_all() -> None:
+    book: CoordinatorBook[int] = CoordinatorBook(100, listings=10)
+    counts = tuple(CargoCount("sha256:" + f"{n:064x}", "m", "1", 1, 1) for n in range(4))
+    for peer in range(5):
+        summary = CoordinatorSummary("c", (), cargos=counts)
+        envelope = PlainNotary(peer).seal_summary(summary, sequence=1, expires_unix_ns=UnixNs(10))
+        stated = PlainNotary(0).open_summary_untrusted(envelope, UnixNs(0))
+        assert book.admit(stated, envelope)
+        assert not book.admit(stated, envelope)
+    assert [known.peer for known in book] == [3, 4]
+    assert [known.peer for known in book.having("m@1", UnixNs(0))] == [3, 4]
+    assert [known.peer for known in book.having("m", UnixNs(11))] == []
+    book.drop(3)
+    book.drop(4)
+    assert list(book.having(counts[0].digest, UnixNs(0))) == []
 
 
 def test_work_becomes_statements(kit: Any) -> None:
