@@ -1,7 +1,9 @@
-"""One swarm of gossiping nodes in one process on loopback, ours or py-libp2p's gossipsub; started by bench.gossip.
+"""One swarm of gossiping nodes in one process on loopback, ours or py-libp2p's gossipsub; started by
+bench.gossip.
 
-Both carry the same bytes (sealed karma statements) over noise and yamux on TCP, along the same random graph, and lose
-the same nodes at the same moments. Ours verifies each statement; gossipsub verifies its own message signatures.
+Both carry the same bytes (sealed karma statements) over noise and yamux on TCP, along the same random graph,
+and lose the same nodes at the same moments. Ours verifies each statement; gossipsub verifies its own message
+signatures.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import random
 import resource
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -228,7 +231,7 @@ class SubSwarm:
         pubsub = Pubsub(host, router)
         take: Callable[[Any, Any], Awaitable[None]] = pubsub.push_msg
 
-        async def counted(peer: Any, message: Any) -> None:
+        async def counted(peer: object, message: object) -> None:
             self._tally.arrivals += 1
             await take(peer, message)
 
@@ -236,7 +239,8 @@ class SubSwarm:
         scope = trio.CancelScope()
         with scope:
             async with host.run([multiaddr.Multiaddr("/ip4/127.0.0.1/tcp/0")]):
-                await host.get_network().auto_connector.stop()  # type: ignore[attr-defined]  # it dials by itself
+                network: Any = host.get_network()
+                await network.auto_connector.stop()  # it dials by itself
                 async with background_trio_service(pubsub), background_trio_service(router):
                     await pubsub.wait_until_ready()
                     news = await pubsub.subscribe("karma")
@@ -267,12 +271,19 @@ def cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@dataclass(frozen=True)
+class Load:
+    nodes: int
+    messages: int
+    gap_s: float
+
+
 async def burst(
-    swarm: Swarm, tally: Tally, live: list[int], victims: list[int], count: int, gap_s: float, rng: random.Random
+    swarm: Swarm, tally: Tally, load: Load, rng: random.Random, *, victims: Sequence[int]
 ) -> dict[str, float]:
-    """Publish `count` messages from survivors while the victims die one after the other."""
-    survivors = [node for node in live if node not in victims]
-    first = len(tally.sent)
+    """Publish messages from survivors while the victims die one after the other."""
+    survivors = [node for node in range(load.nodes) if node not in victims]
+    first, count = len(tally.sent), load.messages
     arrivals, used, began = tally.arrivals, cpu_s(), trio.current_time()
     dying = list(victims)
     for i in range(count):
@@ -281,7 +292,7 @@ async def burst(
         node = rng.choice(survivors)
         tally.sent[first + i] = (node, time.perf_counter())
         await swarm.publish(node, first + i)
-        await trio.sleep_until(began + (i + 1) * gap_s)
+        await trio.sleep_until(began + (i + 1) * load.gap_s)
     await trio.sleep(TAIL_S)
     latencies: list[float] = []
     for number in range(first, first + count):
@@ -299,9 +310,14 @@ async def burst(
     }
 
 
-async def scenario(kind: str, nodes: int, messages: int, gap_s: float, seed: int) -> None:
+async def scenario(kind: str, load: Load, seed: int) -> None:
+    nodes = load.nodes
     rng = random.Random(seed)
-    edges = {tuple(sorted((a, b))) for a in range(nodes) for b in rng.sample([n for n in range(nodes) if n != a], DEGREE)}
+    edges = {
+        tuple(sorted((a, b)))
+        for a in range(nodes)
+        for b in rng.sample([n for n in range(nodes) if n != a], DEGREE)
+    }
     tally = Tally()
     swarm: Swarm = OurSwarm(tally) if kind == "ours" else SubSwarm(tally)
     async with trio.open_nursery() as nursery:
@@ -310,14 +326,11 @@ async def scenario(kind: str, nodes: int, messages: int, gap_s: float, seed: int
         used = cpu_s()
         await trio.sleep(IDLE_S)
         idle = 100 * (cpu_s() - used) / IDLE_S
-        everybody = list(range(nodes))
-        calm = await burst(swarm, tally, everybody, [], messages, gap_s, rng)
-        victims = rng.sample(everybody, round(0.3 * nodes))
-        churn = await burst(swarm, tally, everybody, victims, messages, gap_s, rng)
-        sys.stdout.write(json.dumps({"idle_cpu_percent": idle, "calm": calm, "churn": churn}) + "\n")
+        calm = await burst(swarm, tally, load, rng, victims=())
+        victims = rng.sample(range(nodes), round(0.3 * nodes))
+        churn = await burst(swarm, tally, load, rng, victims=victims)
+        sys.stdout.write(json.dumps({"idle": {"cpu_percent": idle}, "calm": calm, "churn": churn}) + "\n")
         sys.stdout.flush()
-        import os  # noqa: PLC0415
-
         os._exit(0)  # the library's services do not all end
 
 
@@ -331,7 +344,7 @@ def main() -> None:
     chosen = parser.parse_args()
     logging.disable(logging.CRITICAL)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    trio.run(scenario, chosen.kind, chosen.nodes, chosen.messages, chosen.gap_s, chosen.seed)
+    trio.run(scenario, chosen.kind, Load(chosen.nodes, chosen.messages, chosen.gap_s), chosen.seed)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ from routing.gossip_messages import (
     Thin,
     Want,
 )
-from routing.gossip_peers import MAX_SOURCES, Budget, GossipPolicy, KindPolicy, Neighbour
+from routing.gossip_missing import MissingItems
+from routing.gossip_peers import Budget, GossipPolicy, KindPolicy, Neighbour
 from routing.gossip_store import ItemStore, RecentIds, supersedes
 
 P = TypeVar("P")
@@ -121,11 +122,7 @@ class GossipMachine(Generic[P]):
         self._recent: Final = RecentIds(policy.recent)
         self._neighbours: dict[P, Neighbour[P]] = {}
         self._expelled: OrderedDict[P, Instant] = OrderedDict()
-        # Missing items: who has them; those waiting for a push; those asked for. Delays are constant, so the
-        # two queues are in the order of their times.
-        self._sources: dict[int, list[P]] = {}
-        self._waiting: OrderedDict[int, Instant] = OrderedDict()
-        self._asked: OrderedDict[int, tuple[Instant, P]] = OrderedDict()
+        self._missing: Final = MissingItems(policy, self._neighbours)
         self._greet: OrderedDict[P, None] = OrderedDict()
         self._lazy_at: Instant | None = None
         self._sync_at: Instant | None = None
@@ -155,9 +152,8 @@ class GossipMachine(Generic[P]):
         return self._flush()
 
     def next_wake(self) -> Instant | None:
-        times = [self._lazy_at, self._sync_at if self._neighbours else None, self._expire_at]
-        times += [next(iter(self._waiting.values()), None)]
-        times += [due[0] for due in (next(iter(self._asked.values()), None),) if due]
+        sync_at = self._sync_at if self._neighbours else None
+        times = (self._lazy_at, sync_at, self._expire_at, self._missing.next_due())
         return min((time for time in times if time is not None), default=None)
 
     @property
@@ -198,11 +194,7 @@ class GossipMachine(Generic[P]):
             return
         self._greet.pop(peer, None)
         self._pushes.pop(peer, None)
-        for item_id in [i for i, (_, asked) in self._asked.items() if asked == peer]:
-            del self._asked[item_id]
-            self._next_source(item_id, peer)
-        for item_id in neighbour.backlog:
-            self._next_source(item_id, peer)
+        self._missing.lost(neighbour)
         if neighbour.eager and not any(n.eager for n in self._neighbours.values()):
             self._promote_one()
         if len(self._neighbours) < self._policy.min_neighbours:
@@ -278,14 +270,8 @@ class GossipMachine(Generic[P]):
             if neighbour.peer not in self._neighbours:
                 return  # expelled by an item before
             item_id = item.id
-            asked = self._asked.pop(item_id, None)
-            if asked is not None and (debtor := self._neighbours.get(asked[1])) is not None:
-                debtor.asked -= 1
-            solicited = asked is not None and asked[1] == neighbour.peer
-            self._found(item_id)
-            if solicited:
-                neighbour.broken = max(0, neighbour.broken - 1)
-            elif not self._pays(now, neighbour, 1):
+            solicited = self._missing.arrived(item_id, neighbour.peer)
+            if not solicited and not self._pays(now, neighbour, 1):
                 continue
             copies = self._recent.count(item_id)
             if not solicited:
@@ -359,94 +345,32 @@ class GossipMachine(Generic[P]):
             neighbour.pruned_at = now
             self._send(neighbour.peer, Prune())
 
-    # --- announced and missing ------------------------------------------------------------------
+    # --- announced and wanted -------------------------------------------------------------------
 
     def _announced(self, now: Instant, neighbour: Neighbour[P], ids: Iterable[int], *, missing: bool) -> None:
-        peer = neighbour.peer
+        unknown: list[int] = []
         for item_id in ids:
             neighbour.lazy.pop(item_id, None)
-            if item_id in self._recent or self.store.get(item_id) is not None:
-                continue
-            sources = self._sources.get(item_id)
-            if sources is None:
-                if len(self._sources) >= self._policy.max_missing:
-                    return
-                if len(neighbour.backlog) >= self._policy.max_missing // 4:
-                    return
-                self._sources[item_id] = [peer]
-                if missing:
-                    neighbour.backlog.append(item_id)
-                else:
-                    self._waiting[item_id] = after(now, self._policy.graft_ns)
-            elif peer not in sources and len(sources) < MAX_SOURCES:
-                sources.append(peer)
-                if missing and self._waiting.pop(item_id, None) is not None:
-                    neighbour.backlog.append(item_id)
-
-    def _found(self, item_id: int) -> None:
-        self._sources.pop(item_id, None)
-        self._waiting.pop(item_id, None)
-
-    def _next_source(self, item_id: int, failed: P) -> None:
-        """Ask another that announced it, or forget it: a comparison will find it again."""
-        sources = self._sources.get(item_id)
-        if sources is None or item_id in self._asked or item_id in self._waiting:
-            return
-        while sources:
-            peer = sources.pop(0)
-            neighbour = self._neighbours.get(peer)
-            if peer != failed and neighbour is not None:
-                sources.append(peer)
-                neighbour.backlog.append(item_id)
-                return
-        del self._sources[item_id]
+            if item_id not in self._recent and self.store.get(item_id) is None:
+                unknown.append(item_id)
+        self._missing.announced(now, neighbour, unknown, missing=missing)
 
     def _ask(self, now: Instant) -> None:
-        """Ask for what is due, each neighbour for so much at a time."""
-        while self._waiting and next(iter(self._waiting.values())) <= now:
-            item_id, _ = self._waiting.popitem(last=False)
-            neighbour = next(
-                (n for n in map(self._neighbours.get, self._sources[item_id]) if n is not None), None
-            )
-            if neighbour is None:
-                del self._sources[item_id]
-            else:
-                neighbour.backlog.append(item_id)
-                neighbour.graft = True
-        while self._asked and next(iter(self._asked.values()))[0] <= now:
-            item_id, (_, peer) = self._asked.popitem(last=False)
-            neighbour = self._neighbours.get(peer)
-            if neighbour is not None:
-                neighbour.asked -= 1
-                neighbour.broken += 1
-            self._next_source(item_id, peer)
-            if neighbour is not None and neighbour.broken > self._policy.broken_wants:
-                self._strike(
-                    now, neighbour, self._policy.strikes, Fault.UNEXPECTED, "it announces and withholds"
-                )
-        due = after(now, self._policy.want_ns)
-        for neighbour in tuple(self._neighbours.values()):
-            ids: list[int] = []
-            while neighbour.backlog and neighbour.asked < self._policy.max_asked:
-                item_id = neighbour.backlog.popleft()
-                if item_id in self._sources and item_id not in self._asked:
-                    self._asked[item_id] = (due, neighbour.peer)
-                    neighbour.asked += 1
-                    ids.append(item_id)
-            if ids:
-                self._send(neighbour.peer, Want(tuple(ids), neighbour.graft))
-                neighbour.graft = False
+        for neighbour in self._missing.overdue(now):
+            self._strike(now, neighbour, self._policy.strikes, Fault.UNEXPECTED, "it announces and withholds")
+        for peer, want in self._missing.wants(now):
+            self._send(peer, want)
 
     def _answer(self, neighbour: Neighbour[P], ids: tuple[int, ...]) -> None:
-        """Send what was wanted; of more than `max_asked` only so many, since we would not ask for more
-        either.
-        """
+        """Send what was wanted, as much as we would ask for ourselves and a send queue holds."""
         items = self._pushes.setdefault(neighbour.peer, [])
+        size = 0
         for item_id in ids[: self._policy.max_asked]:
             neighbour.lazy.pop(item_id, None)
             held = self.store.get(item_id)
-            if held is not None:
+            if held is not None and size < _ANSWER_BYTES:
                 items.append(held.item)
+                size += len(held.item.payload)
 
     def _make_eager(self, neighbour: Neighbour[P]) -> None:
         """It wants pushes. Beyond `fan_out` another loses them, which will graft if it misses something."""

@@ -412,9 +412,9 @@ def test_any_message_in_floods_costs_bounded_memory_and_the_place(message: Gossi
         world.inject(STRANGER, 0, message)
     assert faults(world) == [Fault.UNEXPECTED]
     node = world.nodes[0]
-    assert len(node._sources) <= world.policy.max_missing
+    assert len(node._missing._sources) <= world.policy.max_missing
     world.run(1)
-    assert len(node._sources) == len(node._asked) == len(node._waiting) == 0
+    assert len(node._missing._sources) == len(node._missing._asked) == len(node._missing._waiting) == 0
     assert len(node.store) == 100
 
 
@@ -427,7 +427,7 @@ def test_who_announces_and_withholds_loses_its_place_and_the_news_come_from_anot
     for first in range(0, 2000, 500):
         world.inject(STRANGER, 0, Have(tuple(item.id for item in items[first : first + 500]), missing=True))
     world.run(1)
-    assert len(world.nodes[0]._asked) == world.policy.max_asked
+    assert len(world.nodes[0]._missing._asked) == world.policy.max_asked
     for item in items:
         world.order(1, Publish(item))
     world.link(0, 1)
@@ -441,11 +441,11 @@ def test_bogus_announcements_hold_bounded_memory() -> None:
     for i in range(60):
         world.inject(STRANGER, 0, Have(tuple(range(i * 4096, (i + 1) * 4096))))
     node = world.nodes[0]
-    assert len(node._sources) <= world.policy.max_missing
+    assert len(node._missing._sources) <= world.policy.max_missing
     world.run(600)
-    assert not node._sources
-    assert not node._waiting
-    assert not node._asked
+    assert not node._missing._sources
+    assert not node._missing._waiting
+    assert not node._missing._asked
 
 
 def test_replays_of_old_items_change_nothing() -> None:
@@ -499,7 +499,7 @@ def test_removed_peers_are_forgotten_and_the_owner_told() -> None:
     effects = world.nodes[0].receive(world.now, Ordered(RemovePeer(STRANGER)))
     assert Emit(Thin(0)) in effects
     world.run(10)
-    assert not world.nodes[0]._sources
+    assert not world.nodes[0]._missing._sources
     assert world.nodes[0].next_wake() is None
 
 
@@ -545,9 +545,17 @@ def test_no_input_raises_and_the_books_stay_right(rows: list[tuple[int, object]]
         now = Instant(now + delay)
         node.receive(now, what)  # type: ignore[arg-type]
         assert len(node.store) <= 4
-        assert len(node._sources) <= 16
-        assert node._waiting.keys() | node._asked.keys() <= node._sources.keys() | node._asked.keys()
-        owed = [peer for _, peer in node._asked.values()]
+        assert len(node._missing._sources) <= 16
+        assert (
+            node._missing._waiting.keys() | node._missing._asked.keys()
+            <= node._missing._sources.keys() | node._missing._asked.keys()
+        )
+        queued = {item_id for n in node._neighbours.values() for item_id in n.backlog}
+        assert (
+            node._missing._sources.keys()
+            <= node._missing._waiting.keys() | node._missing._asked.keys() | queued
+        )
+        owed = [peer for _, peer in node._missing._asked.values()]
         assert all(n.asked == owed.count(peer) <= 3 for peer, n in node._neighbours.items())
         wake = node.next_wake()
         assert wake is None or wake > now or node._sync_at == wake
