@@ -39,7 +39,7 @@ from node.p2p.nat_messages import (
 from node.p2p.own_addresses import OwnAddresses
 from node.p2p.rates import RateLimit
 from node.p2p.relay_dial import is_direct, is_relayed
-from node.p2p.sockets import PortBusy, dial, source_for
+from node.p2p.sockets import PortBusy, dial, explain, source_for
 from node.p2p.stream import Stream
 from node.p2p.transport import Path, SocketTransport
 from protocol.dice import Dice
@@ -57,7 +57,11 @@ PUNCH_S: Final = 5.0
 #: To tell each other addresses over the relay.
 EXCHANGE_S: Final = 10.0
 
-#: A dial that is refused (a NAT that answers instead of dropping) is repeated until PUNCH_S is over.
+#: Between attempts. A NAT that answered a SYN that came too early remembers it for 10 s (Linux), and maps our
+#: port to another one for as long.
+GAP_S: Final = 12.0
+
+#: Before a dial is repeated whose port was busy, or where somebody else answered.
 _AGAIN_S: Final = 0.2
 
 #: Somebody answers there and is not the peer: one more try, as the peer's other dial may have cut across.
@@ -90,7 +94,9 @@ class PunchCounters:
 
 
 class HolePuncher:
-    """DCUtR on a host. `private_addresses`: dial others than public ones, too (networks that have none)."""
+    """DCUtR on a host. `private_addresses`: dial others than public ones, too (networks that have none);
+    `gap_s`: pause between attempts.
+    """
 
     def __init__(
         self,
@@ -98,6 +104,7 @@ class HolePuncher:
         *,
         own: OwnAddresses,
         private_addresses: bool,
+        gap_s: float,
         dice: Dice,
         nursery: trio.Nursery,
     ) -> None:
@@ -105,6 +112,7 @@ class HolePuncher:
         self._host = host
         self._own = own
         self._private_addresses = private_addresses
+        self._gap_s = gap_s
         self._dice = dice
         self._nursery = nursery
         self._running: set[PeerId] = set()
@@ -132,6 +140,10 @@ class HolePuncher:
                 self.counters.dialled += 1
                 return
             for attempt in range(ATTEMPTS):
+                if attempt:
+                    await trio.sleep(self._gap_s * (1 + self._dice.unit() / 4))
+                if not self._host.paths(peer):
+                    break
                 try:
                     await self._attempt(peer)
                 except (Unreachable, StreamBroken, ProtocolError, trio.TooSlowError) as error:
@@ -140,9 +152,6 @@ class HolePuncher:
                     self.counters.punched += 1
                     _log.info("direct connection", peer=peer, attempts=attempt + 1)
                     return
-                if not self._host.paths(peer):
-                    break
-                await trio.sleep(self._dice.unit())
             self.counters.failed += 1
             _log.info("stays relayed", peer=peer)
         finally:
@@ -232,10 +241,14 @@ class HolePuncher:
         while strangers < _MAX_STRANGERS and not self._is_direct(peer):
             try:
                 transport = SocketTransport(await dial(target, source_for(target, self._host.endpoints)))
-            except (OSError, PortBusy) as error:
-                _log.debug("no hole yet", peer=peer, target=str(target), reason=str(error))
+            except PortBusy:
                 await trio.sleep(_AGAIN_S)
                 continue
+            except OSError as error:
+                # Another SYN would only be refused as well; the other side's may still come to our listener.
+                _log.debug("no hole", peer=peer, target=str(target), reason=explain(error))
+                await trio.sleep_forever()
+                return
             try:
                 if speaks_first:
                     await self._host.join_outbound(transport, peer, Path(from_listener=True))

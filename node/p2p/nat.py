@@ -17,7 +17,7 @@ import structlog
 import trio
 
 from node.p2p.errors import Unreachable
-from node.p2p.hole_punch import HolePuncher
+from node.p2p.hole_punch import GAP_S, HolePuncher
 from node.p2p.host import Host, plain_errors
 from node.p2p.host_events import AddressesChanged, HostEvent, PeerConnected, PeerDirect, PeerDisconnected
 from node.p2p.nat_messages import AUTONAT_PROTOCOL
@@ -65,6 +65,9 @@ class NatConfig:
 
     private_addresses: bool = False
     """Punch towards addresses that are not public, too: for networks that have no others (laboratories)."""
+
+    punch_gap_s: float = GAP_S
+    """Between the attempts at one hole."""
 
     retire_s: float = 300.0
     """How long streams on a relayed connection (an answer under way) have to end after a direct one stands."""
@@ -132,7 +135,12 @@ class Nat:
             RelayService(host, config.relay_limits, unix_now_s=unix_now_s) if config.serve_relay else None
         )
         self.puncher: Final = HolePuncher(
-            host, own=self._own, private_addresses=config.private_addresses, dice=dice, nursery=nursery
+            host,
+            own=self._own,
+            private_addresses=config.private_addresses,
+            gap_s=config.punch_gap_s,
+            dice=dice,
+            nursery=nursery,
         )
         self.relay_client: Final = RelayClient(
             host,

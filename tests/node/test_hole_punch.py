@@ -58,7 +58,7 @@ async def scene(until, *, identify: bool = False, **config: object) -> AsyncGene
     def nat_of(host: Host, **more: object):
         settings = NatConfig(
             relay_client=RelayClientConfig(backoff_first_s=0.05),
-            **{"private_addresses": True, "retire_s": 0.5, **config, **more},  # type: ignore[arg-type]
+            **{"private_addresses": True, "retire_s": 0.5, "punch_gap_s": 0.2, **config, **more},  # type: ignore[arg-type]
         )
         return open_nat(host, settings, dice=Dice(5), unix_now_s=lambda: int(time.time()))
 

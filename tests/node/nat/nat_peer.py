@@ -42,6 +42,8 @@ async def obey(host: Host, nat: Nat, order: dict) -> dict:
             while left:
                 left -= len(await stream.receive_some())
             await stream.aclose()
+        case "disconnect":
+            await host.disconnect(order["peer"])
         case "status":
             pass
     counters = nat.puncher.counters

@@ -47,7 +47,7 @@ async def test_public_and_private_peers_know_what_they_are_and_a_hole_is_punched
 async def test_behind_nats_that_draw_ports_at_random_peers_stay_relayed(network) -> None:
     relays = network.plan(network.public(), serve_relay=True)
     places = [network.private(ports="random,fully-random") for _ in range(2)]
-    others = [network.plan(place, relays=[relays.address]) for place in places]
+    others = [network.plan(place, relays=[relays.address], punch_gap_s=0.5) for place in places]
     async with network.running(relays, *others) as (relay, island, gateway):
         for peer in (island, gateway):
             await peer("connect", address=relay.address)
