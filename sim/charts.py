@@ -47,6 +47,14 @@ class _Lines(NamedTuple):
 
 Spec = _Cdf | _Bars | _Lines
 
+#: Units of time axes: from so many seconds on, divided by, named.
+_TIMES: Final = (
+    (2 * 86_400.0, 86_400.0, "days"),
+    (3 * 3600.0, 3600.0, "h"),
+    (600.0, 60.0, "min"),
+    (0.0, 1.0, "s"),
+)
+
 CHARTS: Final[tuple[Spec, ...]] = (
     _Cdf("Lookup latency", "lookups", "latency_ms", "ms", "Share of lookups that ended within this time."),
     _Bars(
@@ -128,7 +136,8 @@ def _cdf(spec: _Cdf, recorders: Sequence[Recorder]) -> str | None:
     if not curves:
         return None
     low = None if spec.log else 0.0
-    x = svg.Axis(f"{spec.title.lower()} ({spec.unit})", low=low, log=spec.log)
+    what = spec.title.lower()
+    x = svg.Axis(spec.unit if spec.unit in what else f"{what} ({spec.unit})", low=low, log=spec.log)
     return svg.lines(x, svg.Axis("share (%)", 0.0, 100.0), curves, steps=True)
 
 
@@ -150,8 +159,8 @@ def _lines(spec: _Lines, recorders: Sequence[Recorder]) -> str | None:
                 rest = name.removeprefix(spec.series).strip(" :")
                 label = f"{recorder.variant}, {rest}" if rest else recorder.variant
                 curves.append(svg.Curve(label, points))
-    if not curves:
-        return None
+    if not any(value for curve in curves for _, value in curve.points):
+        return None  # all zero: what this would show did not happen
     return svg.lines(
         svg.Axis("time since the measuring began (s)", low=0.0), svg.Axis(spec.unit, low=0.0), curves
     )

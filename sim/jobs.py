@@ -279,3 +279,15 @@ PolicyMaker: TypeAlias = Callable[[Dice], Policy[int]]
 
 def shape_of_tokens(cargo: str, prompt: int, output: int) -> JobShape:
     return JobShape(CargoDigest(cargo), max(1, prompt), max(1, output))
+
+
+#: Bytes of text that a token takes, prompt and answer alike.
+_TOKEN_BYTES: Final = 4
+_JOB_BYTES: Final = 300
+
+
+def job_bytes(message: JobMessage) -> int:
+    """About what an offer takes on the wire. Tokens of the answer come one by one in production; here at the
+    end.
+    """
+    return _JOB_BYTES + (_TOKEN_BYTES * message.prompt if isinstance(message, RunJob) else 0)

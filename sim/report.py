@@ -10,6 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING, Final
 
 from sim.charts import draw
+from sim.progress import span_text
 from sim.record import Metric, Recorder
 from sim.svg import number_text
 
@@ -45,7 +46,7 @@ font-size: .85rem; } svg.chart { width: 100%; height: auto; display: block; } .c
 2; stroke-linejoin: round; } .grid { stroke: var(--line); stroke-width: 1; } .axis { stroke: var(--soft);
 stroke-width: 1; } .tick { fill: var(--soft); font-size: 11.5px; } .label { fill: var(--soft); font-size:
 12.5px; } .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .85rem; color: var(--soft);
-padding-left: 3.6rem; } .legend svg { vertical-align: middle; margin-right: .35rem; stroke-width: 2.5; }
+padding: .2rem 0 0 3.2rem; } .legend svg { vertical-align: middle; margin-right: .35rem; stroke-width: 2.5; }
 details { margin-top: .8rem; } summary { cursor: pointer; color: var(--soft); }
 .warn { border-left: 3px solid var(--c1); padding: .2rem .8rem; }
 @media print { figure { break-inside: avoid; } }
@@ -84,7 +85,7 @@ def _facts(result: Result) -> str:
     facts = [
         ("seed", str(world.seed)),
         ("nodes", number_text(world.nodes)),
-        ("measured", f"{number_text(world.duration_s)} s"),
+        ("measured", span_text(world.duration_s)),
         ("events", number_text(result.events)),
         ("variants", str(len(result.recorders))),
     ]

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final, TypeAlias
 
-WIDTH: Final = 680
-HEIGHT: Final = 340
-LEFT: Final = 64
+WIDTH: Final = 500
+HEIGHT: Final = 290
+LEFT: Final = 62
 RIGHT: Final = 16
 TOP: Final = 14
 BOTTOM: Final = 46
 
-#: Colours there are; further curves begin again with another dash.
+#: Colours there are. Each curve has a dash of its own, too, so that one that lies on another does not hide it.
 COLOURS: Final = 6
 DASHES: Final = ("", "7 4", "2 3", "9 3 2 3")
 
@@ -141,7 +141,7 @@ def legend(names: Sequence[str]) -> str:
 
 
 def _dash(number: int) -> str:
-    return DASHES[number // COLOURS % len(DASHES)]
+    return DASHES[number % len(DASHES)]
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:

@@ -16,6 +16,8 @@ import msgspec
 
 from dht.coordinates import Vivaldi, estimate_ns
 from protocol.adverts import IslandAdvert, OfferedCargo
+from protocol.coordination import COORDINATION as COORDINATION_CODEC
+from protocol.coordination import METHOD_COORDINATION
 from protocol.instants import MILLISECOND_NS, Instant, UnixNs, after, ns_to_seconds, seconds_to_ns
 from routing import affiliation, following, following_events
 from routing.candidates import CoordinatorCandidate
@@ -27,6 +29,7 @@ from routing.policies import at_random, by_price, by_rtt
 from routing.requirements import Outlook
 from sim.arrivals import Span, arrivals, zipf_weights
 from sim.build import NodeMaker, Progress, build_world, run_in_slices
+from sim.codecs import use_codec
 from sim.config import ScenarioSettings
 from sim.coordinates import settle
 from sim.draws import Draws, Stream, machine_stream
@@ -40,6 +43,7 @@ from sim.jobs import (
     Place,
     Seen,
     Unseen,
+    job_bytes,
     shape_of_tokens,
 )
 from sim.record import Recorder, mean
@@ -111,6 +115,9 @@ class JobStudy:
         world, seed = self.world, self.settings.world.seed
         vivaldis = {node: Vivaldi() for node in range(world.nodes)}
         self.coordinates = settle(world, vivaldis, Draws(seed, Stream.BOOTSTRAP))
+        codec = self.settings.world.codec
+        use_codec(world, COORDINATION, COORDINATION_CODEC, METHOD_COORDINATION, round_trip=codec)
+        world.service(JOBS, size_of=job_bytes)
         world.observe(COORDINATION, self._heard)
         world.observe(JOBS, self._job_heard)
         for node in self.coordinators:

@@ -18,13 +18,14 @@ import msgspec
 from protocol.errors import Fault, ProtocolError
 from protocol.instants import SECOND_NS, Instant, UnixNs, seconds_to_ns
 from routing.gossip import GossipMachine
-from routing.gossip_messages import AddPeer, Item, Learnt, Opening, Publish
+from routing.gossip_messages import GOSSIP_CODEC, METHOD_GOSSIP, AddPeer, Item, Learnt, Opening, Publish
 from routing.gossip_peers import GossipPolicy, KindPolicy
 from routing.karma import HOUR_UNITS, MAX_COUNTER, Counters, KarmaPolicy, Past, Statement
 from routing.karma_store import KarmaStore
 from routing.karma_witness import KarmaWitness
 from routing.trust import FULL
 from sim.build import NodeMaker, Progress, build_world, run_in_slices
+from sim.codecs import use_codec
 from sim.config import ScenarioSettings
 from sim.draws import Draws, Stream, machine_stream
 from sim.karma_actors import SYBIL_NAMES, Actor
@@ -70,6 +71,7 @@ class KarmaStudy:
         self.record = recorder
         self.progress = progress
         self.world: World = build_world(settings, folder)
+        use_codec(self.world, GOSSIP, GOSSIP_CODEC, METHOD_GOSSIP, round_trip=settings.world.codec)
         self._maker = NodeMaker(self.world, settings)
         self.policy = KarmaPolicy()
         self.dice = Draws(settings.world.seed, Stream.WORKLOAD)

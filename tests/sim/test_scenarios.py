@@ -74,6 +74,13 @@ def test_the_codec_changes_nothing_but_sizes():
         assert 0.5 < guessed / real < 2, kind
 
 
+@pytest.mark.parametrize("name", ["coordinator-loss", "karma-attacks"])
+def test_coordination_and_gossip_go_through_their_codecs(name):
+    plain, coded = run(tiny(name)), run(tiny(name, **{"world.codec": True}))
+    assert [r.metrics for r in coded.recorders] == [r.metrics for r in plain.recorders]
+    assert sum(size for counts in coded.messages.values() for _, size in counts.values()) > 1000
+
+
 def test_another_process_with_another_hash_seed_comes_to_the_same_history(request):
     code = (
         "from sim import run, Scenario; import sys; "
