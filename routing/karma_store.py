@@ -17,6 +17,11 @@ from routing.trust import FULL, TrustPolicy, trust_of
 P = TypeVar("P")
 
 
+#: Trust is drawn anew after one edge in so many changed (at once in a small network), and in each epoch: an
+#: edge moves by minutes of work, so what is a few changes old is as good.
+EDGES_PER_CHANGE: Final = 50
+
+
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
     """A statement takes about half a KiB of Python objects."""
@@ -69,6 +74,7 @@ class KarmaStore(Generic[P]):
         self._attested: dict[P, dict[P, None]] = {}  # issuer -> subjects: the edges of the trust graph
         self._rows: dict[P, dict[P, int]] = {}  # the same in this epoch's units, as far as they were asked for
         self._changed = True
+        self._edges = self._edges_changed = 0
 
     def __len__(self) -> int:
         return len(self._said)
@@ -91,7 +97,9 @@ class KarmaStore(Generic[P]):
         if self._said.get(statement.issuer, statement.subject) is None:
             return Merge.REFUSED
         if statement.counters.attested_units or statement.past.attested_units:
-            self._attested.setdefault(statement.issuer, {})[statement.subject] = None
+            subjects = self._attested.setdefault(statement.issuer, {})
+            self._edges += statement.subject not in subjects
+            subjects[statement.subject] = None
             self._edge_changed(statement.issuer)
         else:
             self._unattest(statement.issuer, statement.subject)
@@ -180,12 +188,13 @@ class KarmaStore(Generic[P]):
         return row
 
     def _refresh(self, epoch: int) -> None:
-        """Trust is drawn anew when statements or seeds changed, at most once for many merges in a row."""
-        if not self._changed and self._trust_epoch == epoch:
+        """Draw trust anew if something important changed, or enough edges: one drawing takes 4 us an edge."""
+        few = self._edges_changed <= self._edges // EDGES_PER_CHANGE
+        if not self._changed and self._trust_epoch == epoch and few:
             return
         if self._trust_epoch != epoch:
             self._rows.clear()
-        self._changed, self._trust_epoch = False, epoch
+        self._changed, self._trust_epoch, self._edges_changed = False, epoch, 0
         drawn = trust_of(self._seeds, self._row, self._trust_policy, self._barred.keys())
         if drawn.keys() != self._trust.keys():
             self._trust.clear()
@@ -219,6 +228,7 @@ class KarmaStore(Generic[P]):
     def _unattest(self, issuer: P, subject: P) -> None:
         subjects = self._attested.get(issuer)
         if subjects is not None and subjects.pop(subject, ()) is None:
+            self._edges -= 1
             if not subjects:
                 del self._attested[issuer]
             self._edge_changed(issuer)
@@ -226,5 +236,4 @@ class KarmaStore(Generic[P]):
     def _edge_changed(self, issuer: P) -> None:
         """Only edges of the trusted matter; a stranger's are read when it becomes trusted."""
         self._rows.pop(issuer, None)
-        if issuer in self._trust:
-            self._changed = True
+        self._edges_changed += issuer in self._trust

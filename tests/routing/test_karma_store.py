@@ -99,6 +99,19 @@ def test_an_opinion_weighs_as_much_as_its_issuer() -> None:
     assert store.points_mpt(ISLAND, EPOCH) == 1_500
 
 
+def test_trust_is_not_drawn_anew_for_each_of_many_edges() -> None:
+    store = KarmaStore(ME)
+    for peer in range(100, 200):
+        store.merge(stated(ME, peer, attested_units=HOUR_UNITS), EPOCH)
+    full = store.trust(100, EPOCH)
+    for n in range(1, 3):
+        store.merge(stated(ME, 99 + n, n=n, attested_units=50 * HOUR_UNITS), EPOCH)
+        assert store.trust(100, EPOCH) == full
+    store.merge(stated(ME, 102, n=3, attested_units=50 * HOUR_UNITS), EPOCH)
+    assert store.trust(100, EPOCH) > full
+    assert store._edges == 100
+
+
 def test_work_as_an_island_buys_no_belief() -> None:
     store = KarmaStore(ME)
     store.merge(stated(ME, 9, work_units=40 * HOUR_UNITS), EPOCH)
