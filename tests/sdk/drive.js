@@ -19,6 +19,7 @@ async function obey ({ order, client = 0, args = [] }) {
   if (orders[order]) return await orders[order](...args) ?? null
   if (order === 'putRecord') args[2] = new TextEncoder().encode(args[2])
   if (order === 'peers') return clients[client].peers
+  if (order === 'me') return { peer: clients[client].peer }
   const options = args.at(-1)
   if (options?.abortAfterMs) options.signal = AbortSignal.timeout(options.abortAfterMs)
   const found = await clients[client][order](...args) ?? null

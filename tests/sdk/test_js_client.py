@@ -18,8 +18,10 @@ from dht.records import open_record_untrusted, seal_record
 from dht.wire import DHT_CODEC, METHOD_DHT, WireMessage, WireRecord
 from node.identity import new_identity
 from node.p2p import Stream, open_host
-from node.p2p.identify import identify
-from node.p2p.ping import ping
+from node.p2p.identify import identify, serve_identify
+from node.p2p.ping import ping, serve_ping
+from node.p2p.relay_client import RelayClient, RelayClientConfig
+from node.p2p.relay_service import RelayLimits, RelayService
 from node.peers import open_peers
 from protocol.adverts import Hello
 from protocol.codec import LENGTH, Message, encode
@@ -134,6 +136,109 @@ async def test_it_goes_on_when_peers_are_gone(js: Any, network: Network) -> None
         assert {node.peer for node in nodes[:4]} <= {contact["peer"] for contact in found["contacts"]}
 
 
+async def test_it_reaches_hidden_peers_through_relays(js: Any) -> None:
+    """Our relay, our hidden peer, js-libp2p's circuits."""
+
+    def unix_now_s() -> int:
+        return time_ns() // 10**9
+
+    async with (
+        open_host(new_identity()) as relay,
+        open_host(new_identity()) as hidden,
+        open_peers(hidden, hello=Hello("hidden", "0"), dice=Dice(1)),
+        trio.open_nursery() as nursery,
+    ):
+        RelayService(relay, RelayLimits(), unix_now_s=unix_now_s)
+        serve_identify(hidden, agent="archipelag/test")
+        serve_ping(hidden)
+        placed = trio.Event()
+        client = RelayClient(
+            hidden,
+            RelayClientConfig(),
+            dice=Dice(1),
+            unix_now_s=unix_now_s,
+            on_circuit=lambda _: None,
+            changed=placed.set,
+        )
+        client.offer(relay.addresses[0])
+        nursery.start_soon(client.run)
+        with trio.fail_after(PATIENCE_S):
+            await placed.wait()
+        [address] = client.addresses
+        assert (await js.connect(address))["name"] == "hidden"
+        assert await js.ping(hidden.peer) >= 0
+        assert await js.pingLink(hidden.peer) > 0
+        assert (await js.identify(hidden.peer))["agent"] == "archipelag/test"
+        assert relay.connected() == (hidden.peer, (await js.me())["peer"])
+        nursery.cancel_scope.cancel()
+
+
+def run_js(program: str, *arguments: str, sdk: Path, node_program: Path) -> list[str]:
+    """The words that it prints."""
+    return subprocess.run(
+        [node_program, "--input-type=module", "-e", program, *arguments],
+        cwd=sdk,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE_S,
+    ).stdout.split()
+
+
+def test_addresses_are_believed_as_far_as_their_teller_sees(sdk: Path, node_program: Path) -> None:
+    """As node/overlay/addresses.py has it; port 1 stands for each."""
+    peer, relay = new_identity().peer, new_identity().peer
+    hosts = {
+        "/ip4/127.0.0.1": 0,
+        "/ip6/::1": 0,
+        "/ip4/10.1.2.3": 1,
+        "/ip4/172.31.0.1": 1,
+        "/ip4/192.168.1.1": 1,
+        "/ip4/100.64.0.1": 1,
+        "/ip6/fd00::1": 1,
+        "/ip4/8.8.8.8": 2,
+        "/ip4/172.32.0.1": 2,
+        "/ip6/2001:4860::1": 2,
+        "/ip4/0.0.0.0": -1,
+        "/ip4/169.254.1.1": -1,
+        "/ip4/224.0.0.1": -1,
+        "/ip6/fe80::1": -1,
+        "/ip6/ff02::1": -1,
+        "/ip6/::": -1,
+        "/dns4/localhost": -1,
+        "/ip4/1.2.3": -1,
+        "/ip4/1.2.3.999": -1,
+    }
+    program = (
+        "import { usableAddresses, scopeOfRemote } from './src/addresses.js'\n"
+        "const [peer, ...texts] = process.argv.slice(1)\n"
+        "const scope = text => [0, 1, 2].filter(n => usableAddresses(peer, [text], n).length).length - 1\n"
+        "for (const text of texts) console.log(scope(text))\n"
+        "for (const text of texts) console.log(scopeOfRemote(text))\n"
+    )
+    plain = [f"{host}/tcp/1" for host in hosts]
+    ended = [f"{text}/p2p/{peer}" for text in plain]
+    relayed = [f"{text}/p2p/{relay}/p2p-circuit" for text in plain]
+    odd = [
+        f"/ip4/8.8.8.8/tcp/1/p2p/{relay}",
+        f"/ip4/8.8.8.8/tcp/1/p2p/{peer}/p2p-circuit",
+        "/ip4/8.8.8.8/tcp/1/p2p/x/p2p-circuit",
+        "/ip4/8.8.8.8/tcp/0",
+        "/ip4/8.8.8.8/udp/1",
+        "/ip4/8.8.8.8/tcp/70000",
+        "8.8.8.8:1",
+    ]
+    for texts, scopes in ((plain, hosts), (ended, hosts), (relayed, hosts), (odd, dict.fromkeys(odd, -1))):
+        out = run_js(program, peer, *texts, sdk=sdk, node_program=node_program)
+        assert dict(zip(texts, map(int, out[: len(texts)]), strict=True)) == dict(
+            zip(texts, scopes.values(), strict=True)
+        )
+        if texts is ended:  # what is no address of one peer counts as the world
+            assert [int(word) for word in out[len(texts) :]] == [s if s >= 0 else 2 for s in scopes.values()]
+        if texts is relayed:
+            assert set(out[len(texts) :]) == {"2"}
+
+
 def test_keys_are_the_network_s(sdk: Path, node_program: Path) -> None:
     peer = new_identity().peer
     digest = CargoDigest("sha256:" + "ab" * 32)
@@ -154,14 +259,7 @@ def test_keys_are_the_network_s(sdk: Path, node_program: Path) -> None:
         "  try { keyOfName(name) } catch (error) { console.log(error.name) }\n"
         "}\n"
     )
-    out = subprocess.run(
-        [node_program, "--input-type=module", "-e", program, *cases],
-        cwd=sdk,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=PATIENCE_S,
-    ).stdout.split()
+    out = run_js(program, *cases, sdk=sdk, node_program=node_program)
     keys = [*cases.values(), key_of_record("namespace", "näme")]
     assert out == [*(f"{key:064x}" for key in keys), *["TypeError"] * 5]
 

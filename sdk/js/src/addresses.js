@@ -4,6 +4,8 @@
  */
 import { multiaddr } from '@multiformats/multiaddr'
 
+import { isPeer } from './keys.js'
+
 export const MACHINE = 0
 export const NETWORK = 1
 export const WORLD = 2
@@ -29,16 +31,13 @@ export function scopeOfIp (ip) {
   return /^f[cd]/.test(text) ? NETWORK : WORLD
 }
 
-/** The host of a multiaddr over TCP that we dial: its IP and whether a relay stands between. @param {string} text */
-function ipOf (text) {
-  const match = /^\/ip[46]\/([^/]+)\/tcp\/([1-9]\d{0,4})(?:\/p2p\/[^/]+)?$/.exec(text)
-  return match ? match[1] : null
-}
+/** A multiaddr over TCP: to the peer itself, or to the relay that carries us there. */
+const FORM = /^\/ip[46]\/([^/]+)\/tcp\/([1-9]\d{0,4})(\/p2p\/([^/]+)\/p2p-circuit)?$/
 
-/** The scope of where a connection leads. @param {{ toString(): string }} address */
+/** The scope of where a connection leads. Who is behind a relay may be anywhere. @param {{ toString(): string }} address */
 export function scopeOfRemote (address) {
-  const ip = ipOf(address.toString().replace(/\/p2p\/.*$/, ''))
-  return (ip === null ? null : scopeOfIp(ip)) ?? WORLD
+  const [, ip, , circuit] = FORM.exec(address.toString().replace(/\/p2p\/[^/]+$/, '')) ?? []
+  return (ip === undefined || circuit !== undefined ? null : scopeOfIp(ip)) ?? WORLD
 }
 
 /**
@@ -51,9 +50,9 @@ export function usableAddresses (peer, told, narrowest) {
   for (const text of told) {
     if (typeof text !== 'string' || text.length > MAX_ADDRESS_CHARS) continue
     const base = text.endsWith(`/p2p/${peer}`) ? text.slice(0, -`/p2p/${peer}`.length) : text
-    const ip = ipOf(base)
-    const scope = ip === null || base.includes('/p2p/') ? null : scopeOfIp(ip)
-    if (scope === null || scope < narrowest) continue
+    const [, ip, , , relay] = FORM.exec(base) ?? []
+    const scope = ip === undefined ? null : scopeOfIp(ip)
+    if (scope === null || scope < narrowest || (relay !== undefined && (relay === peer || !isPeer(relay)))) continue
     const full = `${base}/p2p/${peer}`
     try {
       multiaddr(full)

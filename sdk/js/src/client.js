@@ -1,4 +1,5 @@
 /** A peer that dials Islands, gateways and other peers of the network, and asks. */
+import { circuitRelayTransport } from '@libp2p/circuit-relay-v2'
 import { generateKeyPair, generateKeyPairFromSeed } from '@libp2p/crypto/keys'
 import { identify } from '@libp2p/identify'
 import { noise } from '@libp2p/noise'
@@ -38,7 +39,7 @@ export async function openClient ({ name = 'js-client', seed, listen = [] } = {}
     privateKey,
     nodeInfo: { name: 'archipelag-js', version: VERSION, userAgent: `archipelag-js/${VERSION}` },
     addresses: { listen },
-    transports: [tcp()],
+    transports: [tcp(), circuitRelayTransport()], // the second dials by relays
     connectionEncrypters: [noise()],
     streamMuxers: [yamux()],
     services: { identify: identify(), ping: ping() },
@@ -69,7 +70,7 @@ export class Client {
     libp2p.handle(RPC_PROTOCOL, (stream, connection) => {
       this.#adopt(connection.remotePeer.toString(), new RpcLink(stream, () => this.#greeting()))
       this.#closeIdle()
-    }, { maxInboundStreams: 2 })
+    }, { maxInboundStreams: 2, runOnLimitedConnection: true })
   }
 
   /** Addresses at which this client listens, with its peer id. @returns {string[]} */

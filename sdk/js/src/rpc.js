@@ -258,7 +258,7 @@ function readHello (bytes) {
  * @param {{ signal?: AbortSignal }} [options] @returns {Promise<RpcLink>}
  */
 export async function openLink (connection, greeting, { signal } = {}) {
-  const stream = await connection.newStream(RPC_PROTOCOL, { signal })
+  const stream = await connection.newStream(RPC_PROTOCOL, { signal, runOnLimitedConnection: true })
   const link = new RpcLink(stream, greeting)
   try {
     link.hello = readHello(await link.call('hello', pack({ type: 'hello', ...greeting() }), { signal }))
