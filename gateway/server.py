@@ -23,6 +23,7 @@ from gateway.mesh import open_mesh
 from node.control import ControlMethods, serve_control
 from node.coordination.coordinator import CoordinatorConfig, CoordinatorService, open_coordinator
 from node.coordination.gossip import ROLE_COORDINATOR
+from node.coordination.karma_control import KarmaControl
 from node.coordination.port import CoordinationPort
 from node.identity import load_or_create_identity
 from node.island import AGENT, VERSION, monotonic_now, unix_now
@@ -108,6 +109,7 @@ async def run_gateway(
         serve_ping(host)
         methods = ControlMethods()
         OverlayControl(overlay, peers, identity.signer).register(methods)
+        KarmaControl(overlay, lambda: (host.peer, *mesh_settings.trusted_peers)).register(methods)
         await nursery.start(serve_control, settings.data_path, methods)
         for address in mesh_settings.islands:
             peers.keep(address)

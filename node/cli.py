@@ -62,6 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_dht(commands)
 
+    karma = commands.add_parser("karma", help="what coordinators state about a peer, and what it is worth here")
+    karma.add_argument("peer", nargs="?", default="", help="a peer id; this node itself if left out")
+    karma.add_argument("--json", action="store_true", help="for scripts")
+    add_settings_flags(karma, _SHORTCUTS[1:2])
+    karma.set_defaults(handler=_karma)
+
     doctor = commands.add_parser("doctor", help="what this machine can run, what is missing and how to get it")
     add_settings_flags(doctor, _SHORTCUTS)
     doctor.add_argument("--json", action="store_true", help="for scripts")
@@ -181,6 +187,14 @@ def _dht(arguments: argparse.Namespace) -> int:
     from node.overlay.commands import run_dht
 
     return run_dht(arguments, settings.data_path)
+
+
+def _karma(arguments: argparse.Namespace) -> int:
+    settings = settings_from(arguments, NodeSettings)
+
+    from node.coordination.karma_command import show_karma
+
+    return show_karma(settings.data_path, arguments.peer, as_json=arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

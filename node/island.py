@@ -34,6 +34,7 @@ from node.control import ControlMethods, NoParams, serve_control
 from node.coordination.affiliation import AffiliationService
 from node.coordination.coordinator import CoordinatorConfig, open_coordinator
 from node.coordination.gossip import ROLE_COORDINATOR
+from node.coordination.karma_control import KarmaControl
 from node.coordination.port import CoordinationPort
 from node.identity import load_or_create_identity
 from node.jobs import JobService
@@ -51,7 +52,7 @@ from node.state import HostedCargo, IslandState
 from node.traversal import open_traversal
 from protocol.adverts import MAX_ADVERT_MEMORY_MIB, Hello, IslandAdvert, OfferedCargo
 from protocol.dice import Dice
-from protocol.ids import CargoDigest
+from protocol.ids import CargoDigest, PeerId
 from protocol.instants import SECOND_NS, Instant, UnixNs
 from protocol.jobs import JOB_PROTOCOL
 from protocol.limits import MAX_ADVERT_CARGOS
@@ -228,7 +229,14 @@ class Island:
         methods.serve("status", NoParams, status)
         if state.overlay is not None:
             OverlayControl(state.overlay, state.peers, self.identity.signer).register(methods)
+            KarmaControl(state.overlay, self._believed).register(methods)
         return methods
+
+    def _believed(self) -> tuple[PeerId, ...]:
+        """Whose word on karma counts here: those that this Island works for, and those of the settings."""
+        affiliation = self.state.affiliation
+        chosen = () if affiliation is None else affiliation.coordinators
+        return (*chosen, *self.settings.coordinator.trusted_peers)
 
     async def _say_farewell(self) -> None:
         """No coordinator places anything here any more. Running jobs are handed over when their streams end."""

@@ -88,6 +88,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     jobs: tuple[JobSnapshot, ...]
     counters: CounterSnapshot
     overlay: OverlaySnapshot | None = None
+    coordinators: tuple[str, ...] = ()
+    """Peer ids of those that have this Island's advert."""
 
 
 def overlay_snapshot(overlay: Overlay) -> OverlaySnapshot:
@@ -138,5 +140,6 @@ def snapshot(state: IslandState) -> Snapshot:
             for job in jobs.jobs.values()
         ),
         counters=msgspec.convert(jobs.counters, CounterSnapshot, from_attributes=True),
+        coordinators=() if state.affiliation is None else state.affiliation.coordinators,
         overlay=None if state.overlay is None else overlay_snapshot(state.overlay),
     )

@@ -49,6 +49,7 @@ def render_status(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> R
     parts += [Text(f"{cargo.name}: {cargo.detail}", style="red") for cargo in now.cargos if cargo.detail]
     if now.overlay is not None:
         parts += ["", render_overlay(now.overlay)]
+    parts.append(_coordinators(now))
     parts.append("")
     parts.append(_peers(now) if now.peers else Text("no peers: is a coordinator configured?", style="yellow"))
     parts += ["", Text(totals)]
@@ -70,6 +71,12 @@ def render_overlay(overlay: OverlaySnapshot) -> Text:
         f"place {f'({place}) ms' if place else 'unknown'}  messages {overlay.messages_sent} out, "
         f"{overlay.messages_received} in, {overlay.messages_refused} refused",
     )
+
+
+def _coordinators(now: Snapshot) -> Text:
+    names = {peer.peer: peer.name for peer in now.peers}
+    told = ", ".join(names.get(peer) or peer[-12:] for peer in now.coordinators)
+    return Text(f"coordinators: {told}") if told else Text("no coordinator yet: no jobs come", style="yellow")
 
 
 def _cargos(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> Table:
