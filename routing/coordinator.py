@@ -198,7 +198,7 @@ class Coordinator(Generic[P]):
                 held = self._held.get(peer)
                 if held is not None:
                     held.rtt.add(now, rtt_ns)
-                if self._witness is not None:
+                if held is not None and self._witness is not None:
                     self._witness.measured(self._unix(now), peer, max(1, -(-rtt_ns // 1000)))
             case WorkSeen():
                 if self._witness is not None:

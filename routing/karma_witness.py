@@ -64,6 +64,7 @@ class KarmaWitness(Generic[P]):
         self._restate_ns: Final = restate_ns
         self._capacity: Final = capacity
         self._seen: OrderedDict[P, _Seen] = OrderedDict()
+        self._epoch = 0  # never goes back, whatever the clock does
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -77,6 +78,9 @@ class KarmaWitness(Generic[P]):
             seen.said_sequence = statement.sequence
             self._seen[statement.subject] = seen
             self._seen.move_to_end(statement.subject)
+            self._epoch = max(self._epoch, statement.epoch)
+            if len(self._seen) > self._capacity:
+                self._seen.popitem(last=False)
 
     def saw(
         self,
@@ -110,14 +114,18 @@ class KarmaWitness(Generic[P]):
         return True
 
     def measured(self, now: UnixNs, subject: P, rtt_us: int) -> None:
-        """A round trip to the subject, microseconds. Becomes part of the next statement about it."""
-        if subject == self.me or rtt_us <= 0 or subject not in self._seen:
+        """A round trip to the subject, microseconds. The first of an epoch, and one much shorter than before,
+        make a statement due: others bound by it where the subject can be, also before it has worked.
+        """
+        if subject == self.me or rtt_us <= 0:
             return
-        seen = self._seen[subject]
-        self._turn(now, seen)
+        seen = self._of(now, subject)
+        if seen is None:
+            return
         before, here = seen.rtts_us
         if not here or rtt_us < here:
             seen.rtts_us = (before, rtt_us)
+            seen.dirty = seen.dirty or 10 * rtt_us < 9 * (here or 1 << 62)
 
     def due(self, now: UnixNs, limit: int = 64) -> list[Statement[P]]:
         """Statements to sign and spread now, at most `limit`, urgent ones first."""
@@ -146,7 +154,7 @@ class KarmaWitness(Generic[P]):
             self._turn(now, seen)
             self._seen.move_to_end(subject)
             return seen
-        epoch = self._policy.epoch_at(now)
+        epoch = self._running_epoch(now)
         if len(self._seen) >= self._capacity:
             oldest = next(iter(self._seen.values()))
             if oldest.said_sequence >> SEQUENCE_BITS >= epoch:
@@ -155,9 +163,13 @@ class KarmaWitness(Generic[P]):
         seen = self._seen[subject] = _Seen(epoch, Counters(), Past())
         return seen
 
+    def _running_epoch(self, now: UnixNs) -> int:
+        self._epoch = max(self._epoch, self._policy.epoch_at(now))
+        return self._epoch
+
     def _turn(self, now: UnixNs, seen: _Seen) -> None:
-        """Fold what belongs to earlier epochs. A clock set back changes nothing."""
-        epoch = self._policy.epoch_at(now)
+        """Fold what belongs to earlier epochs."""
+        epoch = self._running_epoch(now)
         if epoch <= seen.epoch:
             return
         seen.past = self._policy.fold_counts(seen.counters, seen.past, epoch - seen.epoch)

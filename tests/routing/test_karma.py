@@ -6,7 +6,7 @@ from functools import reduce
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.instants import SECOND_NS, UnixNs
@@ -263,6 +263,7 @@ def test_the_past_is_folded_at_the_turn_of_an_epoch() -> None:
     assert join(first, later) == later
 
 
+@settings(max_examples=500)
 @given(st.lists(st.tuples(st.integers(0, 3 * 6 * 3600), st.integers(0, 4), st.booleans()), max_size=30))
 def test_an_honest_witness_never_contradicts_itself(events: list[tuple[int, int, bool]]) -> None:
     """Whatever its clock does, backward steps included."""
@@ -303,6 +304,19 @@ def test_round_trips_are_the_least_of_two_epochs() -> None:
     assert rtt(EPOCH + 1) == 500
     assert rtt(EPOCH + 2, 800) == 800
     assert rtt(EPOCH + 9) == 0
+
+
+def test_a_round_trip_alone_is_worth_a_statement_once() -> None:
+    witness = KarmaWitness(1, restate_ns=0)
+    witness.measured(at(0), 2, 900)
+    assert [s.min_rtt_us for s in witness.due(at(0))] == [900]
+    witness.measured(at(1), 2, 1000)
+    witness.measured(at(1), 2, 850)
+    assert witness.due(at(1)) == []
+    witness.measured(at(2), 2, 700)
+    assert [s.min_rtt_us for s in witness.due(at(2))] == [700]
+    witness.measured(at(0, EPOCH + 1), 2, 950)
+    assert [s.min_rtt_us for s in witness.due(at(0, EPOCH + 1))] == [700]
 
 
 def test_a_full_witness_forgets_nobody_of_this_epoch() -> None:
