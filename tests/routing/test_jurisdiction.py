@@ -66,9 +66,10 @@ CITIES = {
     "Tijuana": (32.515, -117.038, ""), "Mexico City": (19.433, -99.133, ""),
     "Singapore": (1.352, 103.820, ""), "Moscow": (55.756, 37.617, ""), "Douglas": (54.152, -4.486, ""),
     "Saint Helier": (49.187, -2.107, ""), "Reykjavik": (64.147, -21.943, ""),
-    "Marigot": (18.07, -63.08, "FR EU"), "Mamoudzou": (-12.78, 45.23, "FR EU"), "Mariehamn": (60.10, 19.93, "EU"),
-    "Ceuta": (35.89, -5.31, "EU"), "Longyearbyen": (78.22, 15.65, "NO"), "Norfolk": (-29.04, 167.95, "AU"),
-    "Cocos": (-12.19, 96.83, "AU"), "Port Blair": (11.67, 92.74, "IN"), "Guam": (13.47, 144.75, "US"),
+    "Marigot": (18.07, -63.08, "FR EU"), "Mamoudzou": (-12.78, 45.23, "FR EU"),
+    "Mariehamn": (60.10, 19.93, "EU"), "Ceuta": (35.89, -5.31, "EU"), "Longyearbyen": (78.22, 15.65, "NO"),
+    "Norfolk": (-29.04, 167.95, "AU"), "Cocos": (-12.19, 96.83, "AU"), "Port Blair": (11.67, 92.74, "IN"),
+    "Guam": (13.47, 144.75, "US"),
     "Iqaluit": (63.75, -68.52, "CA"), "Noronha": (-3.85, -32.42, "BR"), "Tangier": (35.77, -5.80, ""),
 }  # fmt: skip
 NAMES = sorted(CITIES)
