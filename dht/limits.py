@@ -12,6 +12,11 @@ from protocol.limits import KIB
 #: Contacts in one answer: the largest k that a policy may have.
 MAX_CONTACTS: Final = 64
 
+#: Contacts in the answer to a ping, chosen from so many entries: 6 times 20 pings a minute show a node some 100
+#: near peers a minute, at 600 bytes each.
+MAX_PONG_CONTACTS: Final = 6
+PONG_WINDOW: Final = 16
+
 #: Providers named in one answer; more are found by asking further peers.
 MAX_PROVIDERS_IN_ANSWER: Final = 32
 

@@ -33,6 +33,7 @@ from dht.events import (
     Withdraw,
 )
 from dht.fulltable import FullTable
+from dht.limits import MAX_PONG_CONTACTS
 from dht.messages import (
     AddProvider,
     CompareTables,
@@ -286,6 +287,9 @@ class DhtMachine:
         core.learn(peer, call, answer)
         if isinstance(answer, Pong):
             self._upkeep.ping_answered()
+            if core.policy.rtt_aware:
+                told = range(min(len(answer.contacts), MAX_PONG_CONTACTS))
+                core.hear_contacts(answer.contacts, answer.coordinates, told)
         elif isinstance(answer, Nodes | Records | Providers):
             self._operations.query_answered(call, answer)
         elif isinstance(answer, Kept):

@@ -67,7 +67,10 @@ class CompareTables(Said, frozen=True, gc=False):
 
 
 class Pong(Said, frozen=True, gc=False):
-    pass
+    """`contacts`: a few that should be near the asker, for its RTT-aware table."""
+
+    contacts: tuple[int, ...] = ()
+    coordinates: tuple[int, ...] = ()
 
 
 class Nodes(Said, frozen=True, gc=False):

@@ -8,13 +8,16 @@ the network fewer than 2k are.
 
 from __future__ import annotations
 
+from dht.coordinates import UNKNOWN
 from dht.core import Core
 from dht.keys import KEY_BITS
 from dht.limits import (
     FLOOD_WINDOW_NS,
     MAX_COUNTED_PEERS,
     MAX_PAGE_CONTACTS,
+    MAX_PONG_CONTACTS,
     MAX_QUERIES_PER_WINDOW,
+    PONG_WINDOW,
 )
 from dht.messages import (
     AddProvider,
@@ -48,12 +51,13 @@ _THE_REST = -1
 
 
 class Serving:
-    __slots__ = ("_check", "_core", "_counts", "_window", "providers", "records")
+    __slots__ = ("_check", "_core", "_counted_in", "_counts", "_window", "providers", "records")
 
     def __init__(self, core: Core, check: Check) -> None:
         self._core = core
         self._check = check
         self._counts: dict[int, int] | None = None
+        self._counted_in = 0
         self._window = 0
         self.records: RecordStore | None = None
         self.providers: ProviderStore | None = None
@@ -62,8 +66,8 @@ class Serving:
         """Whether this peer's query is answered: it has not asked too often in this window."""
         window = self._core.now // FLOOD_WINDOW_NS
         counts = self._counts
-        if counts is None or window != self._window:
-            self._window = window
+        if counts is None or window != self._counted_in:
+            self._counted_in = window
             self._counts = {peer: 1}
             return True
         if peer not in counts and len(counts) > MAX_COUNTED_PEERS:
@@ -76,7 +80,18 @@ class Serving:
     def ping(self, peer: int, query: Ping) -> None:
         core = self._core
         vivaldi = core.vivaldi
-        core.send(peer, Pong(query.call, vivaldi.packed, vivaldi.error_parts, core.client))
+        contacts: tuple[int, ...] = ()
+        coordinates: tuple[int, ...] = ()
+        if core.policy.rtt_aware and query.coordinate != UNKNOWN:
+            table = core.table
+            self._window += PONG_WINDOW
+            places = table.near_to(query.coordinate, self._window, PONG_WINDOW, peer)[:MAX_PONG_CONTACTS]
+            contacts = tuple([table.peers[place] for place in places])
+            coordinates = tuple([table.coordinates[place] for place in places])
+        core.send(
+            peer,
+            Pong(query.call, vivaldi.packed, vivaldi.error_parts, core.client, contacts, coordinates),
+        )
 
     def find_node(self, peer: int, query: FindNode) -> None:
         core = self._core

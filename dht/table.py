@@ -191,6 +191,20 @@ class RoutingTable:
         chosen.sort(key=distances.__getitem__)
         return [start + i for i in chosen]
 
+    def near_to(self, coordinate: int, start: int, width: int, asker: int) -> list[int]:
+        """Places of verified entries, of `width` from `start` on (round the table), nearest to a coordinate
+        first.
+        """
+        count = len(self.peers)
+        peers, coordinates, flags = self.peers, self.coordinates, self.flags
+        found: list[tuple[int, int]] = []
+        for i in range(start, start + min(width, count)):
+            place = i % count
+            if flags[place] & 3 == VERIFIED and peers[place] != asker and coordinates[place] != UNKNOWN:
+                found.append((estimate_ns(coordinates[place], coordinate), place))
+        found.sort()
+        return [place for _, place in found]
+
     def rtt_ns_of(self, place: int) -> int:
         """Measured round trip, 0 if there is none."""
         return self.rtts_us[place] * _US

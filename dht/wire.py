@@ -21,6 +21,7 @@ from dht.limits import (
     MAX_CONTACTS,
     MAX_DIGESTS,
     MAX_PAGE_CONTACTS,
+    MAX_PONG_CONTACTS,
     MAX_PROVIDERS_IN_ANSWER,
     MAX_QUERY_BYTES,
     MAX_RECORD_BYTES_IN_ANSWER,
@@ -116,7 +117,7 @@ class WireCompare(WireSaid, frozen=True, gc=False, tag="compare"):
 
 
 class WirePong(WireSaid, frozen=True, gc=False, tag="pong"):
-    pass
+    n: Annotated[tuple[Contact, ...], Meta(max_length=MAX_PONG_CONTACTS)] = ()
 
 
 class WireNodes(WireSaid, frozen=True, gc=False, tag="nodes"):
@@ -188,7 +189,7 @@ def to_wire(message: m.DhtMessage, contact_of: ContactOf) -> WireMessage:
         case m.Ping():
             return WirePing(*head)
         case m.Pong():
-            return WirePong(*head)
+            return WirePong(*head, _contacts(message.contacts, message.coordinates, contact_of))
         case m.FindRecords():
             return WireFindRecords(*head, _key_bytes(message.key))
         case m.Records():
@@ -234,7 +235,7 @@ def from_wire_untrusted(wire: WireMessage, intern_untrusted: Intern) -> m.DhtMes
         case WirePing():
             return m.Ping(*head)
         case WirePong():
-            return m.Pong(*head)
+            return m.Pong(*head, *_interned(wire.n, intern_untrusted))
         case WireFindRecords():
             return m.FindRecords(*head, _key(wire.k))
         case WireRecords():

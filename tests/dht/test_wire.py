@@ -25,7 +25,8 @@ def contact_of(peer: int) -> Contact:
 
 
 def intern(contact: Contact) -> int | None:
-    return int(contact.peer.removeprefix("peer-")) if contact.peer.startswith("peer-") else None
+    number = contact.peer.removeprefix("peer-")
+    return int(number) if number.isascii() and number.isdecimal() else None
 
 
 @pytest.fixture
@@ -34,6 +35,7 @@ def every_message(signer: Callable[[str], Signer]) -> list[m.DhtMessage]:
     return [
         m.Ping(*HEAD),
         m.Pong(*HEAD),
+        m.Pong(*HEAD, (1, 2), (5, 0)),
         m.FindNode(*HEAD, KEY),
         m.FindNode(*HEAD, 0),
         m.Nodes(*HEAD, (1, 2), (5, 0)),
