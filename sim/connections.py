@@ -43,7 +43,8 @@ class ConnectionPolicy:
     """What connecting costs. Durations in ns.
 
     `kept`: connections per node. `setup_rtts`: round trips before the first message may leave (TCP 1, agreeing
-    on noise 1, noise 1, agreeing on a muxer and opening the stream 1). `dial_timeout_ns`: until a dial that
+    on noise 1, noise 1, agreeing on a muxer and opening the stream 1), and `setup_ns` of processor time beside
+    them. `dial_timeout_ns`: until a dial that
     nobody answers fails. `heartbeat_timeout_ns`: until a silent peer counts as lost. `punch_share`: pairs
     between which a hole can be punched (measured in the wild: about 0.7, Trautwein et al. 2022); the rest stays
     on the relay.
@@ -54,6 +55,7 @@ class ConnectionPolicy:
     dial_timeout_ns: int = 5 * SECOND_NS
     heartbeat_timeout_ns: int = 4 * SECOND_NS
     punch_share: float = 0.7
+    setup_ns: int = 0
 
 
 class Connection:
@@ -158,7 +160,7 @@ class Connections:
         world, policy, src = self._world, self.policy, port.node
         self.dials += 1
         relay = -1
-        setup_ns = policy.setup_rtts * world.rtt_ns(src, peer)
+        setup_ns = policy.setup_ns + policy.setup_rtts * world.rtt_ns(src, peer)
         fails_after_ns = -1
         if not world.can_reach(src, peer) or self._nat[peer] is Nat.UNREACHABLE:
             fails_after_ns = policy.dial_timeout_ns
@@ -171,7 +173,7 @@ class Connections:
                 fails_after_ns = policy.dial_timeout_ns
             else:
                 through = world.rtt_ns(src, relay) + world.rtt_ns(relay, peer)
-                setup_ns = policy.setup_rtts * through
+                setup_ns = policy.setup_ns + policy.setup_rtts * through
                 if self._can_punch(src, peer):
                     relay = -1
                     setup_ns += through  # both agree on the moment, then dial each other

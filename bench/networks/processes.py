@@ -49,13 +49,13 @@ _ROOT: Final = Path(__file__).parents[2]
 
 
 class Spawner:
-    """The process that forks nodes (bench.networks.spawner). They all die with it."""
+    """The process that forks nodes (bench.networks.spawner). They all die with it. `niceness`: theirs."""
 
-    def __init__(self) -> None:
+    def __init__(self, niceness: int = 0) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("ARCHI_")}
         environment["PYTHONWARNINGS"] = "default"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.networks.spawner"],
+            ["nice", "-n", str(niceness), sys.executable, "-m", "bench.networks.spawner"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -135,10 +135,10 @@ class ProcessNetwork(Network):
     async def join(self, count: int) -> list[int]:
         peers = [self._start() for _ in range(1 if not self.keys else count)]
         if not self._entrance:
-            self._entrance = await self._address(0)
+            self._entrance = await self.address(0)
             peers += [self._start() for _ in range(count - 1)]
         for peer in peers:
-            await self._address(peer)
+            await self.address(peer)
         return peers
 
     def identity_file(self, peer: int) -> Path:
@@ -234,7 +234,7 @@ class ProcessNetwork(Network):
         self.pids.append(pid)
         return peer
 
-    async def _address(self, peer: int) -> str:
+    async def address(self, peer: int) -> str:
         """Where it listens, once it does."""
         deadline = trio.current_time() + _START_S
         while True:

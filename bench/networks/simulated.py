@@ -123,11 +123,14 @@ class SimulatedNetwork(Network):
         peers = [self.add() for _ in range(count)]
         for place, peer in enumerate(peers):
             if peer:
-                at = after(self.world.now, place * 100 * MILLISECOND_NS)
-                self.world.order(peer, DHT, Join((0,)), at)
-                self._plan_healing(peer)
+                self.begin_join(peer, after(self.world.now, place * 100 * MILLISECOND_NS))
         await self.wait(0.1 * count)
         return peers
+
+    def begin_join(self, peer: int, at: Instant) -> None:
+        """Enter by peer 0 at this instant, and stay in."""
+        self.world.order(peer, DHT, Join((0,)), at)
+        self._plan_healing(peer)
 
     async def kill(self, peers: Sequence[int]) -> None:
         for peer in peers:
@@ -164,7 +167,7 @@ class SimulatedNetwork(Network):
         return [entry.peer for entry in self.machines[peer].table]
 
     async def find_closest(self, asker: int, key: int) -> LookupResult:
-        return self._found(await self._ask(asker, lambda ticket: FindClosest(ticket, key)))
+        return self.result_of(await self._ask(asker, lambda ticket: FindClosest(ticket, key)))
 
     async def put(self, peer: int, name: str, value: bytes, *, ttl_s: int = 3600) -> int:
         now = UnixNs(self.world.unix_start_ns + self.world.now)
@@ -175,7 +178,7 @@ class SimulatedNetwork(Network):
 
     async def get(self, asker: int, name: str) -> LookupResult:
         key = key_of_record(NAMESPACE, name)
-        return self._found(await self._ask(asker, lambda ticket: GetRecords(ticket, key)))
+        return self.result_of(await self._ask(asker, lambda ticket: GetRecords(ticket, key)))
 
     async def provide(self, peer: int, key: int) -> int:
         return self._copies(await self._ask(peer, lambda ticket: Provide(ticket, key)))
@@ -186,7 +189,7 @@ class SimulatedNetwork(Network):
 
     async def find_providers(self, asker: int, key: int) -> LookupResult:
         found = await self._ask(asker, lambda ticket: FindProviders(ticket, key))
-        return self._found(found, providers=True)
+        return self.result_of(found, providers=True)
 
     # --- inside -------------------------------------------------------------------------------------
 
@@ -239,7 +242,8 @@ class SimulatedNetwork(Network):
                     world.order(peer, DHT, RoundTripSeen(other, world.rtt_ns(peer, other)))
         world.at(after(world.now, _HEARTBEAT_NS), lambda: self._heartbeat(beat + 1))
 
-    def _found(self, found: Found | Stored, *, providers: bool = False) -> LookupResult:
+    def result_of(self, found: Found | Stored, *, providers: bool = False) -> LookupResult:
+        """What a lookup found, as scenarios see it."""
         assert isinstance(found, Found)
         now = UnixNs(self.world.unix_start_ns + self.world.now)
         values = tuple(open_record_untrusted(envelope, now).body.value for envelope in found.records)
