@@ -36,14 +36,14 @@ def show_karma(data_dir: Path, peer: str, *, as_json: bool) -> int:
         )
         return 0
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in ("stated by", "believed", "net hours", "lately", "failures", "timeouts", "lies", "audits"):
+    for column in ("stated by", "believed", "net work", "lately", "failures", "timeouts", "lies", "audits"):
         table.add_column(column, justify="left" if column == "stated by" else "right", no_wrap=True)
     for one in view.statements:
         table.add_row(
             one.issuer[-12:],
             "yes" if one.believed else "no",
-            f"{one.hours:.4f}",
-            f"{one.work_hours:.4f}",
+            _duration(one.hours),
+            _duration(one.work_hours),
             str(one.failures),
             str(one.timeouts),
             str(one.lies),
@@ -51,3 +51,11 @@ def show_karma(data_dir: Path, peer: str, *, as_json: bool) -> int:
         )
     console.print(table)
     return 0
+
+
+def _duration(hours: float) -> str:
+    """Work of the reference machine, as people say it."""
+    seconds = hours * 3600
+    if abs(seconds) < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if abs(hours) < 2 else f"{hours:.1f} h"
