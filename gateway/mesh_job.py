@@ -17,7 +17,7 @@ from node.streams import MessageStream
 from protocol.errors import ProtocolError
 from protocol.ids import CargoDigest, JobId, PeerId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
-from protocol.jobs import FromIsland, JobOffer, ToIsland
+from protocol.jobs import FromIsland, JobOffer, ToIsland, Usage
 from protocol.machine import Disconnect, Emit, Input, Ordered, PeerLost, Received, Send, Woken
 from protocol.work import Work
 from routing.islands import IslandBook
@@ -41,6 +41,9 @@ from routing.supervision import JobSupervisor
 
 #: Preparation notices that may wait for a consumer who does not read; more are dropped, they are not data.
 MAX_WAITING_NOTICES: Final = 32
+
+#: Shorter prompts say more about the network than about the Island's prefill rate.
+LEAST_PROMPT_TOKENS: Final = 32
 
 #: An orderly close of a job stream may take this long before it is cut.
 CLOSE_S: Final = 1.0
@@ -126,6 +129,8 @@ class MeshJob:
         self._placed: JobPlaced[PeerId] | None = None
         self._story: dict[str, str | int | float] | None = None
         self._without_island_since = mesh.now()
+        self._accepted = mesh.now()
+        self._first_token_ns: int | None = None  # after acceptance, at the present Island
         self._waiting = False
         self._timer: Instant | None = None
         self._timer_moved = trio.Event()
@@ -286,10 +291,13 @@ class MeshJob:
     def _take(self, event: object) -> None:
         match event:
             case TokensReleased(first, tokens):
+                if self._first_token_ns is None:
+                    self._first_token_ns = self._mesh.now() - self._accepted
                 self._show_placed()
                 self._tokens = first + len(tokens)
                 self._put(Released(first, tokens))
             case JobPlaced():
+                self._accepted, self._first_token_ns = self._mesh.now(), None
                 self._placed = cast("JobPlaced[PeerId]", event)
             case JobPreparing(stage, done, total):
                 if stage != "loading":
@@ -324,6 +332,7 @@ class MeshJob:
     def _complete(self, event: JobCompleted[PeerId]) -> None:
         usage = event.usage
         self._tell_story()
+        self._measure_prefill(event.peer, usage)
         self._mesh.work.done(event.peer, self._cargo, self._work, usage, self._tokens)
         _log.info(
             "job completed",
@@ -334,6 +343,13 @@ class MeshJob:
         )
         finish = cast("Literal['stop', 'length']", event.finish)  # the supervisor admits no other
         self._put(Completed(finish, event.tail, usage, event.hand_overs, self._mesh.name_of(event.peer)))
+
+    def _measure_prefill(self, peer: PeerId, usage: Usage) -> None:
+        """How fast the prompt was read: acceptance to first token. If it waited there, we can not tell."""
+        read = usage.prompt_tokens - usage.cached_tokens
+        if self._first_token_ns and read >= LEAST_PROMPT_TOKENS and usage.queue_ns < LATE_NS:
+            tps = read * SECOND_NS / self._first_token_ns
+            self._mesh.book.measured_prefill(peer, self._cargo, tps)
 
     def _show_placed(self) -> None:
         """The Island has begun to work on it: only now is the time in queues known."""
