@@ -17,6 +17,7 @@ import trio
 from node.p2p import Host
 from node.peer_types import Known, PeersConfig
 from node.rpc import RpcLink
+from protocol.adverts import METHOD_STAY, Accepted
 from protocol.ids import PeerId
 from protocol.instants import SECOND_NS
 
@@ -85,7 +86,10 @@ class LinkWatch:
         free = [
             (known.link.used_at, peer)
             for peer, known in self._known.items()
-            if known.ours == ours and not known.link.busy and not self.protected(peer)
+            if known.ours == ours
+            and not known.leaving  # one that was told to go makes room already
+            and not known.link.busy
+            and not self.protected(peer)
         ]
         if len(free) < bound:
             return None
@@ -113,6 +117,8 @@ class LinkWatch:
             link = known.link
             unused = now - link.used_at
             needed = self.protected(peer)
+            if needed and unused > config.idle_ns / SECOND_NS / 4:
+                link.notify(METHOD_STAY, Accepted())  # the other side may not need us, and would close it
             if needed or link.busy or unused < config.quiet_after_ns / SECOND_NS:
                 if not known.lively:
                     known.lively, known.judged_from = True, now

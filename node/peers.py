@@ -33,7 +33,7 @@ from node.p2p.host import plain_errors
 from node.peer_types import Known, PeerChanged, PeerDown, PeerEvent, PeersConfig, PeerState, PeerUp, PeerView
 from node.reach import Reacher
 from node.rpc import CallFailed, Method, Methods, PeerUnreachable, Refused, RpcCounters, RpcLink
-from protocol.adverts import ACCEPTED, HELLO, METHOD_BYE, METHOD_HELLO, Accepted, Hello
+from protocol.adverts import ACCEPTED, HELLO, METHOD_BYE, METHOD_HELLO, METHOD_STAY, Accepted, Hello
 from protocol.codec import Codec, Message
 from protocol.dice import Dice
 from protocol.ids import PeerId
@@ -122,6 +122,7 @@ class Peers:
         )
         self.serve(METHOD_HELLO, HELLO, self._greet_again)
         self.serve_notice(METHOD_BYE, ACCEPTED, self._take_bye)
+        self.serve_notice(METHOD_STAY, ACCEPTED, self._take_stay)
         host.handle(RPC_PROTOCOL, self._serve_inbound)
         host.subscribe(self._on_host_event)
 
@@ -466,6 +467,9 @@ class Peers:
         known = self._known.get(peer)
         if known is not None:
             known.leaving = True
+
+    def _take_stay(self, peer: PeerId, _: Accepted) -> None:
+        """The peer needs the link: that this came is use of it (`RpcLink.used_at`)."""
 
     def _renew(self, link: RpcLink, hello: Hello) -> None:
         known = self._known.get(link.peer)
