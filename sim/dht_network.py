@@ -10,7 +10,7 @@ import hashlib
 import struct
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Final, Protocol, TypeAlias, cast
 
@@ -20,7 +20,7 @@ from dht.directory import Keys
 from dht.events import RoundTripSeen
 from dht.keys import KEY_BITS, key_of_peer
 from dht.machine import DhtMachine
-from dht.messages import DhtMessage, Nodes, Providers, Records
+from dht.messages import DhtMessage
 from dht.policy import DhtPolicy
 from dht.table import MAX_BUCKETS, VERIFIED
 from protocol.ids import PeerId, peer_id_of
@@ -28,7 +28,7 @@ from protocol.instants import MILLISECOND_NS, Instant
 from sim.config import DhtSettings
 from sim.connections import ConnectionPolicy
 from sim.coordinates import settle
-from sim.draws import Draws, Stream, WireDraws, machine_stream
+from sim.draws import BulkDraws, Draws, Stream, machine_stream
 from sim.settings import ScenarioError
 from sim.world import AnyMachine, World
 
@@ -38,8 +38,8 @@ DHT: Final = "dht"
 DHT_SERVICE: Final = 0
 
 #: Size of a message without lists, and per contact in it, bytes: means of the wire format (tests compare).
-BASE_BYTES: Final = 100
-CONTACT_BYTES: Final = 96
+BASE_BYTES: Final = 70
+CONTACT_BYTES: Final = 89
 
 #: As in the node: what making a connection may take beside its round trips.
 CONNECT_ALLOWANCE_NS: Final = 100 * MILLISECOND_NS
@@ -186,29 +186,26 @@ class DhtNetwork:
         be read from it.
         """
         dice = Draws(self.world.seed, Stream.BOOTSTRAP)
+        tell = progress or (lambda share: None)
         nodes = [node for _, node in self.serving]
         machines = {node: self.machine(node) for node in nodes}
         vivaldis = {
             node: _core_of(machine).vivaldi for node, machine in machines.items() if machine is not None
         }
-        self._coordinates = settle(self.world, vivaldis, dice)
+        self._coordinates = settle(self.world, vivaldis, dice, lambda share: tell(share / 2))
         order = [*nodes, *sorted(self.clients)]
-        fast = WireDraws(dice.u64())
+        fast = BulkDraws(dice.u64())
         for done, node in enumerate(order):
             self._fill(node, fast)
-            if progress is not None and done % 256 == 0:
-                progress(done / len(order))
+            if done % 256 == 0:
+                tell(0.5 + done / len(order) / 2)
 
-    def _fill(self, node: int, dice: WireDraws) -> None:
+    def _fill(self, node: int, dice: BulkDraws) -> None:
         machine = self.machine(node)
         if machine is None:
             return
         buckets = self._buckets(node, dice)
-        # A measured entry is one with a connection; where there are connections, there are none yet.
-        measured = self.world.connections is None
-        rtts_us = [
-            [self.world.rtt_ns(node, peer) // 1000 or 1 if measured else 0 for peer in b] for b in buckets
-        ]
+        rtts_us = [self._measured_us(node, bucket) for bucket in buckets]
         core = _core_of(machine)
         if self.settings.hosts_per_group:  # the table itself decides on groups
             for peers, rtts in zip(buckets, rtts_us, strict=True):
@@ -228,7 +225,15 @@ class DhtNetwork:
         table.flags = bytearray([VERIFIED]) * count
         table.starts = array("H", accumulate((len(bucket) for bucket in buckets), initial=0))
 
-    def _buckets(self, node: int, dice: WireDraws) -> list[list[int]]:
+    def _measured_us(self, node: int, peers: Sequence[int]) -> list[int]:
+        """Round trips as entries hold them. A measured entry is one with a connection: where there are
+        connections, there are none yet.
+        """
+        if self.world.connections is not None:
+            return [0] * len(peers)
+        return [rtt_ns // 1000 or 1 for rtt_ns in self.world.rtts_ns(node, peers)]
+
+    def _buckets(self, node: int, dice: BulkDraws) -> list[list[int]]:
         """Peers by bucket: bucket i shares i bits with the node, the last one all that share more."""
         serving, key, k = self.serving, self.directory.keys[node], self.policy.k
         buckets: list[list[int]] = []
@@ -248,7 +253,7 @@ class DhtNetwork:
         buckets.append([peer for _, peer in serving[start:end] if peer != node][:k])
         return buckets
 
-    def _chosen(self, node: int, left: int, right: int, dice: WireDraws) -> list[int]:
+    def _chosen(self, node: int, left: int, right: int, dice: BulkDraws) -> list[int]:
         serving, policy, span = self.serving, self.policy, right - left
         if span <= policy.k:
             return [peer for _, peer in serving[left:right]]
@@ -256,25 +261,19 @@ class DhtNetwork:
         if wanted == span:
             drawn = [peer for _, peer in serving[left:right]]
         else:
-            places: dict[int, None] = {}
-            while len(places) < wanted:
-                places[left + dice.u64() % span] = None
-            drawn = [serving[place][1] for place in places]
+            places = dict.fromkeys([left + (u32 * span >> 32) for u32 in dice.u32s(wanted + wanted // 4)])
+            drawn = [serving[place][1] for place in places][:wanted]
         if not policy.rtt_aware:
             return drawn[: policy.k]
-        rtt = self.world.rtt_ns
         seniors, rest = drawn[: policy.senior_entries], drawn[policy.senior_entries :]
-        rest.sort(key=lambda peer: (rtt(node, peer), peer))
-        return [*seniors, *rest][: policy.k]
+        near = sorted(zip(self.world.rtts_ns(node, rest), rest, strict=True))
+        return [*seniors, *(peer for _, peer in near[: policy.k - len(seniors)])]
 
 
 def estimated_size(message: DhtMessage) -> int:
     """About what the wire format takes, without encoding."""
-    if isinstance(message, Nodes | Records):
-        return BASE_BYTES + CONTACT_BYTES * len(message.contacts)
-    if isinstance(message, Providers):
-        return BASE_BYTES + CONTACT_BYTES * (len(message.contacts) + len(message.providers))
-    return BASE_BYTES
+    contacts = len(getattr(message, "contacts", ())) + len(getattr(message, "providers", ()))
+    return BASE_BYTES + CONTACT_BYTES * contacts
 
 
 def policy_of(settings: DhtSettings, connections: ConnectionPolicy | None = None) -> DhtPolicy:

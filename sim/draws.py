@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+import sys
+from array import array
 from bisect import bisect_right
 from enum import IntEnum
 from typing import Final
@@ -97,3 +99,22 @@ class WireDraws:
     def unit(self) -> float:
         """Uniform in [0, 1)."""
         return (self.u64() >> 11) / _TWO_53
+
+
+class BulkDraws:
+    """Many small draws at a time: 32 bits each from SHAKE-256 of (seed, turn)."""
+
+    __slots__ = ("_seed", "_turn")
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed & ((1 << 64) - 1)
+        self._turn = 0
+
+    def u32s(self, count: int) -> array[int]:
+        """So many numbers below 2**32."""
+        place = _BLOCK.pack(self._seed, Stream.BOOTSTRAP, self._turn)
+        self._turn += 1
+        drawn = array("I", hashlib.shake_256(place).digest(4 * count))
+        if sys.byteorder == "big":
+            drawn.byteswap()
+        return drawn

@@ -14,7 +14,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Final
@@ -102,6 +102,12 @@ class Links:
         at = min(math.floor(place), len(quantiles) - 2)
         low, high = quantiles[at], quantiles[at + 1]
         return round((low + (high - low) * (place - at)) * MICROSECOND_NS)
+
+    @cached_property
+    def round_trips(self) -> list[int]:
+        """There and back between sites, row-major."""
+        table, sites = self.table, self.sites
+        return [table[a * sites + b] + table[b * sites + a] for a in range(sites) for b in range(sites)]
 
     @staticmethod
     def uniform(one_way_ns: int, *, loss: float = 0.0, jitter_ns: int = 0) -> Links:

@@ -10,7 +10,7 @@ Deterministic by construction: time is an integer, ties go to who was scheduled 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any, Final, TypeAlias
@@ -61,7 +61,7 @@ _BLOCK: Final = 8192
 class Service:
     """One name and its machines by node."""
 
-    __slots__ = ("index", "kinds", "name", "ports", "round_trip", "size_of")
+    __slots__ = ("counted", "index", "kinds", "name", "ports", "round_trip", "size_of")
 
     def __init__(self, index: int, name: str) -> None:
         self.index = index
@@ -70,19 +70,33 @@ class Service:
         self.kinds: dict[type, int] = {}
         self.size_of: Callable[[Any], int] | None = None
         self.round_trip: RoundTrip | None = None
+        #: Whether messages have sizes.
+        self.counted = False
 
 
 class Port:
     """A machine at its place. Dead when `machine` is None: events that were on their way to it are dropped."""
 
-    __slots__ = ("machine", "node", "polled", "service", "wake")
+    __slots__ = ("access", "kinds", "machine", "node", "polled", "ports", "row", "service", "site", "wake")
 
-    def __init__(self, node: int, service: Service, machine: AnyMachine | None, *, polled: bool) -> None:
+    def __init__(
+        self,
+        node: int,
+        service: Service,
+        machine: AnyMachine | None,
+        place: tuple[int, int, int],
+        *,
+        polled: bool,
+    ) -> None:
         self.node = node
         self.service = service
         self.machine = machine
         self.polled = polled
         self.wake = _NEVER
+        # What every message needs, within reach: the service's dictionaries, and (site, its row, access line).
+        self.ports = service.ports
+        self.kinds = service.kinds
+        self.site, self.row, self.access = place
 
 
 class World:
@@ -118,7 +132,7 @@ class World:
         self._observers: dict[str, list[Observer]] = {}
         self._places = Draws(seed, Stream.PLACES)
         self._wire = WireDraws(seed)
-        self._caller = Port(-1, Service(-1, "world"), _Nobody(), polled=False)
+        self._caller = Port(-1, Service(-1, "world"), _Nobody(), (0, 0, 0), polled=False)
         # By node. Lists of plain integers: this is what every message looks up.
         self._row: list[int] = []
         self._site: list[int] = []
@@ -194,6 +208,7 @@ class World:
             self._kind(service, PeerLost)
         service.size_of = size_of or service.size_of
         service.round_trip = round_trip or service.round_trip
+        service.counted = bool(service.size_of or service.round_trip)
         return service
 
     def install(self, node: int, service: str, machine: AnyMachine, *, polled: bool = False) -> None:
@@ -204,7 +219,8 @@ class World:
         old = known.ports.get(node)
         if old is not None:
             old.machine = None
-        port = known.ports[node] = Port(node, known, machine, polled=polled)
+        place = (self._site[node], self._row[node], self._access[node])
+        port = known.ports[node] = Port(node, known, machine, place, polled=polled)
         self._rearm(port)
 
     def machine(self, node: int, service: str) -> AnyMessage:
@@ -229,6 +245,12 @@ class World:
 
     def rtt_ns(self, a: int, b: int) -> int:
         return self.one_way_ns(a, b) + self.one_way_ns(b, a)
+
+    def rtts_ns(self, node: int, peers: Sequence[int]) -> list[int]:
+        """`rtt_ns` to many at a time."""
+        site, access, table = self._site, self._access, self.links.round_trips
+        row, twice = self._row[node], 2 * self._access[node]
+        return [table[row + site[peer]] + 2 * access[peer] + twice for peer in peers]
 
     # --- what happens to them ---------------------------------------------------------------------
 
@@ -362,19 +384,17 @@ class World:
 
     def _plain_sender(self) -> Callable[[int, Port, int, object], None]:
         """`_send_over` for links that do nothing but take time: the same, without the questions."""
-        heap, push, next_number = self._heap, heappush, self._next
-        table, row, site, access = self.links.table, self._row, self._site, self._access
+        heap, push, next_number, table = self._heap, heappush, self._next, self.links.table
 
         def send(now: int, port: Port, peer: int, message: object) -> None:
-            service, src = port.service, port.node
-            target = service.ports.get(peer)
-            kind = service.kinds.get(type(message))
-            if target is None or kind is None or service.round_trip is not None:
+            target = port.ports.get(peer)
+            kind = port.kinds.get(type(message))
+            if target is None or kind is None or port.service.counted:
                 self._send_over(now, port, peer, message)
                 return
-            size = 0 if service.size_of is None else service.size_of(message)
-            arrival = now + table[row[src] + site[peer]] + access[src] + access[peer]
-            push(heap, (arrival, next_number(), target, src, kind, size, Received(src, message)))
+            arrival = now + table[port.row + target.site] + port.access + target.access
+            src = port.node
+            push(heap, (arrival, next_number(), target, src, kind, 0, Received(src, message)))
 
         return send
 
