@@ -61,6 +61,7 @@ from routing.gossip_messages import (
     Publish,
     Push,
     Reconsider,
+    Refused,
     RemovePeer,
     Sums,
     Thin,
@@ -205,7 +206,11 @@ class GossipMachine(Generic[P]):
             self._dice.choice(tuple(self._neighbours.values())).eager = True
 
     def _publish(self, now: Instant, item: Item) -> None:
-        opening = self._openers[item.kind](item, self._unix(now))
+        try:
+            opening = self._openers[item.kind](item, self._unix(now))
+        except ProtocolError as error:
+            self._out.append(Emit(Refused(item, error.fault, error.detail)))
+            return
         if not any(n.eager for n in self._neighbours.values()):
             self._promote_one()
         item_id = item.id

@@ -146,7 +146,7 @@ class RemovePeer(msgspec.Struct, Generic[P], frozen=True, gc=False):
 
 
 class Publish(msgspec.Struct, frozen=True, gc=False):
-    """Spread an item of our own. It must pass our own opener; one that does not is our bug and raises."""
+    """Spread an item of our own. If our own opener refuses it (the clock was set back), `Refused` follows."""
 
     item: Item
 
@@ -165,6 +165,14 @@ class Learnt(msgspec.Struct, frozen=True, gc=False):
     body: object
 
 
+class Refused(msgspec.Struct, frozen=True, gc=False):
+    """An item of our own could not be published."""
+
+    item: Item
+    fault: Fault
+    detail: str
+
+
 class Expelled(msgspec.Struct, Generic[P], frozen=True, gc=False):
     """A neighbour lost its place: it sent what is invalid, or too much. It may be counted against it."""
 
@@ -179,4 +187,4 @@ class Thin(msgspec.Struct, frozen=True, gc=False):
     neighbours: int
 
 
-GossipEvent: TypeAlias = Learnt | Expelled[P] | Thin
+GossipEvent: TypeAlias = Learnt | Refused | Expelled[P] | Thin

@@ -144,15 +144,11 @@ def join(one: Statement[P], other: Statement[P]) -> Statement[P]:
 
 
 def contradict(one: Statement[P], other: Statement[P]) -> bool:
-    """Together they prove that their issuer lies: within an epoch it took back a count, changed the past, or
-    gave one number to two statements. Both are signed, so the pair convinces everybody.
+    """Together they prove that their issuer lies: it gave one number to two statements, to tell each listener
+    another. Both are signed, so the pair convinces everybody. (To take a count back under a higher number is
+    no proof: the issuer may have lost its memory, and everybody comes to hold the same word.)
     """
-    if one.epoch != other.epoch or one == other:
-        return False
-    early, late = (one, other) if one.sequence <= other.sequence else (other, one)
-    return (
-        early.sequence == late.sequence or early.past != late.past or not late.counters.covers(early.counters)
-    )
+    return one.sequence == other.sequence and one != other
 
 
 # --- epochs and value -----------------------------------------------------------------------------

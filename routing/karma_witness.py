@@ -4,8 +4,9 @@ Told of each event, it says which statements are due. A peer is restated at most
 after a proven lie; an idle peer is not restated at all (readers let its last statement decay). At the turn of
 an epoch the counters are folded into the past.
 
-The owner keeps the statements it was given (Persist) and hands them to `restore` at the next start; a
-coordinator that forgot and starts again from zero would contradict itself.
+After a restart the owner hands its own former statements to `restore`: those it kept (Persist), or those that
+come back by gossip. Without them its words about each peer start from zero, and replace the former ones
+everywhere.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class _Seen:
     rtts_us: tuple[int, int] = (0, 0)
     dirty: bool = False
     urgent: bool = False
+    restored: bool = False
     said_sequence: int = 0
     said_at: UnixNs = _NEVER
 
@@ -64,23 +66,37 @@ class KarmaWitness(Generic[P]):
         self._restate_ns: Final = restate_ns
         self._capacity: Final = capacity
         self._seen: OrderedDict[P, _Seen] = OrderedDict()
+        self._first_said = 0  # sequence number of the first statement of this life
         self._epoch = 0  # never goes back, whatever the clock does
 
     def __len__(self) -> int:
         return len(self._seen)
 
     def restore(self, statements: Iterable[Statement[P]]) -> None:
-        """Our own statements from before a restart, the oldest first."""
+        """Our own statements from before a restart, in any order; also when we have counted and stated since.
+
+        What this life has stated itself, and what is not ours, is left out.
+        """
         for statement in statements:
-            if statement.issuer != self.me:
+            if statement.issuer != self.me or 0 < self._first_said <= statement.sequence:
                 continue
-            seen = _Seen(statement.epoch, statement.counters, statement.past, (0, statement.min_rtt_us))
-            seen.said_sequence = statement.sequence
-            self._seen[statement.subject] = seen
-            self._seen.move_to_end(statement.subject)
             self._epoch = max(self._epoch, statement.epoch)
-            if len(self._seen) > self._capacity:
-                self._seen.popitem(last=False)
+            seen = self._seen.get(statement.subject)
+            if seen is None:
+                if len(self._seen) >= self._capacity:
+                    self._seen.popitem(last=False)
+                seen = self._seen[statement.subject] = _Seen(statement.epoch, Counters(), Past())
+                seen.said_sequence = statement.sequence
+            elif seen.restored:
+                continue
+            seen.restored = True
+            before, here = seen.rtts_us
+            seen.rtts_us = (min(before or statement.min_rtt_us, statement.min_rtt_us), here)
+            if statement.epoch >= seen.epoch:
+                seen.counters, seen.past = _sum(seen.counters, statement.counters), statement.past
+                seen.epoch = statement.epoch
+            else:
+                seen.past = self._policy.fold(statement, seen.epoch)
 
     def saw(
         self,
@@ -107,8 +123,7 @@ class KarmaWitness(Generic[P]):
         seen = self._of(now, subject)
         if seen is None:
             return False
-        pairs = zip(msgspec.structs.astuple(seen.counters), msgspec.structs.astuple(added), strict=True)
-        seen.counters = Counters(*(min(MAX_COUNTER, a + b) for a, b in pairs))
+        seen.counters = _sum(seen.counters, added)
         seen.dirty = True
         seen.urgent = seen.urgent or lies > 0
         return True
@@ -143,6 +158,7 @@ class KarmaWitness(Generic[P]):
             seen.epoch << SEQUENCE_BITS
         )  # a clock set back must not bring these counts into an earlier epoch
         sequence = max(self._policy.sequence_at(now), seen.said_sequence + 1, first)
+        self._first_said = self._first_said or sequence
         seen.dirty = seen.urgent = False
         seen.said_sequence, seen.said_at = sequence, now
         rtts = [rtt for rtt in seen.rtts_us if rtt]
@@ -158,7 +174,7 @@ class KarmaWitness(Generic[P]):
         if len(self._seen) >= self._capacity:
             oldest = next(iter(self._seen.values()))
             if oldest.said_sequence >> SEQUENCE_BITS >= epoch:
-                return None  # to forget it and state it again in this epoch would be a contradiction
+                return None  # to forget it now and state it again would take back what was stated
             self._seen.popitem(last=False)
         seen = self._seen[subject] = _Seen(epoch, Counters(), Past())
         return seen
@@ -176,3 +192,8 @@ class KarmaWitness(Generic[P]):
         seen.counters = Counters()
         seen.rtts_us = (seen.rtts_us[1] if epoch == seen.epoch + 1 else 0, 0)
         seen.epoch = epoch
+
+
+def _sum(one: Counters, other: Counters) -> Counters:
+    pairs = zip(msgspec.structs.astuple(one), msgspec.structs.astuple(other), strict=True)
+    return Counters(*(min(MAX_COUNTER, a + b) for a, b in pairs))

@@ -29,6 +29,7 @@ from routing.gossip_messages import (
     Prune,
     Publish,
     Push,
+    Refused,
     RemovePeer,
     Sums,
     Thin,
@@ -308,6 +309,15 @@ def test_two_items_with_one_number_end_the_same_everywhere() -> None:
     assert world.everybody_holds([other])
     assert world.learnt[1] == [one, other]
     assert world.learnt[2] == [other, one]
+
+
+def test_an_item_of_ours_that_our_opener_refuses_is_told_to_us() -> None:
+    world = World()
+    world.start(1)
+    bad = Item(KIND, b"1", b"1", 0, b"bad")
+    effects = world.nodes[0].receive(world.now, Ordered(Publish(bad)))
+    assert effects == [Emit(Refused(bad, Fault.SIGNATURE, "not signed"))]
+    assert len(world.nodes[0].store) == 0
 
 
 def test_news_expire() -> None:

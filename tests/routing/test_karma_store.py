@@ -177,7 +177,7 @@ def test_a_proven_liar_is_believed_no_more() -> None:
     store = KarmaStore(ME, {SEED: FULL})
     store.merge(stated(SEED, work_units=HOUR_UNITS, failures=3), EPOCH)
     assert store.points_mpt(ISLAND, EPOCH) > 0
-    assert store.merge(stated(SEED, n=1, work_units=HOUR_UNITS, failures=2), EPOCH) is Merge.CONTRADICTS
+    assert store.merge(stated(SEED, work_units=HOUR_UNITS, failures=2), EPOCH) is Merge.CONTRADICTS
     assert store.trust(SEED, EPOCH) == 0
     assert store.points_mpt(ISLAND, EPOCH) == 0
 
@@ -185,7 +185,7 @@ def test_a_proven_liar_is_believed_no_more() -> None:
 def test_our_own_lost_memory_does_not_bar_us() -> None:
     store = KarmaStore(ME)
     store.merge(stated(ME, failures=3), EPOCH)
-    assert store.merge(stated(ME, n=1, work_units=HOUR_UNITS), EPOCH) is Merge.CONTRADICTS
+    assert store.merge(stated(ME, work_units=HOUR_UNITS), EPOCH) is Merge.CONTRADICTS
     assert store.trust(ME, EPOCH) == FULL
 
 
