@@ -59,7 +59,7 @@ class NatConfig:
     """Between questions once a belief is confirmed. Routers restart and laptops move."""
 
     unsettled_s: float = 30.0
-    """Between questions before."""
+    """Between questions before that, at first; doubles while there is nobody new to ask."""
 
     hole_punching: bool = True
 
@@ -203,12 +203,23 @@ class Nat:
             self._verdicts.belief = Reachability.PRIVATE  # it listens nowhere
             self._learned()
             return
+        repeats = 0  # rounds since somebody new could be asked
+        asked = False
         while True:
-            asked = await self._ask_round()
-            wait_s = self._config.unsettled_s if asked else float("inf")
-            with trio.move_on_after(self._config.settled_s if self._verdicts.settled else wait_s):
-                await self._wake.park()
-            await trio.sleep(self._dice.unit() * _GATHER_S)
+            if self._verdicts.settled:
+                wait_s = self._config.settled_s
+            elif asked:
+                wait_s = min(self._config.settled_s, self._config.unsettled_s * 2 ** min(repeats, 16))
+            else:
+                wait_s = float("inf")
+            fresh = await self._ask_round(again=False)
+            with trio.move_on_after(wait_s):
+                while not fresh:
+                    await self._wake.park()
+                    await trio.sleep(self._dice.unit() * _GATHER_S)
+                    fresh = await self._ask_round(again=False)
+            repeats = 0 if fresh else repeats + 1
+            asked = fresh or await self._ask_round(again=True)
 
     async def keep_places(self) -> None:
         """Hold places at relays while nobody can dial us."""
@@ -226,14 +237,15 @@ class Nat:
 
     # --- inside ---------------------------------------------------------------------------------
 
-    async def _ask_round(self) -> bool:
-        """Ask some servers, those first that have not been asked. False: there are none."""
+    async def _ask_round(self, *, again: bool) -> bool:
+        """Ask some servers that have not been asked; else, if `again`, some others. False: there are none."""
         servers = self._servers()
         fresh = [server for server in servers if not self._verdicts.heard(server)]
+        chosen = self._dice.sample(fresh or (servers if again else ()), self._config.confirmations)
         async with trio.open_nursery() as nursery:
-            for server in self._dice.sample(fresh or servers, self._config.confirmations):
+            for server in chosen:
                 nursery.start_soon(self._ask, server)
-        return bool(servers)
+        return bool(chosen)
 
     async def _ask(self, server: PeerId) -> None:
         told = await self._own.learn(server)

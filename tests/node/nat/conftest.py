@@ -17,6 +17,7 @@ import trio
 
 from node.identity import Identity, new_identity
 
+DELAY = Path(__file__).with_name("delay.py")
 PEER = Path(__file__).with_name("nat_peer.py")
 ROOT = Path(__file__).parents[3]
 PREFIX = "archi-nat"
@@ -26,7 +27,7 @@ PREFIX = "archi-nat"
 PUBLIC = "5.6.7"
 PORT = 4001
 
-#: A router at home: masquerades, and drops what nobody inside asked for.
+#: A router at home: masquerades, and drops (or, some do, refuses) what nobody inside asked for.
 RULES = """
 table ip nat {{
     chain outgoing {{
@@ -37,7 +38,7 @@ table ip nat {{
 table ip filter {{
     chain unasked {{
         type filter hook input priority 0
-        iifname "wan" ct state new drop
+        iifname "wan" ct state new {unasked}
     }}
     chain through {{
         type filter hook forward priority 0; policy drop
@@ -115,7 +116,7 @@ class Peer:
             await self.process.stdin.send_all(json.dumps({"do": do, **order}).encode() + b"\n")
             return json.loads(await read_line(self.process.stdout))
 
-    async def until(self, condition, *, within_s: float = 60) -> dict:
+    async def until(self, condition, *, within_s: float = 120) -> dict:
         """Its state, as soon as that holds."""
         state: dict = {}
         with trio.move_on_after(within_s):
@@ -140,17 +141,38 @@ class Network:
     def __init__(self) -> None:
         self._name = f"{PREFIX}-{os.getpid()}"
         self._next = 1
+        self._delay: subprocess.Popen[str] | None = None
         self._hub = self._add("hub")
-        self._in(self._hub, "ip link add br0 type bridge")
-        self._in(self._hub, "ip link set br0 up")
+        self._in(self._hub, "sysctl -qw net.ipv4.ip_forward=1")
+
+    def slow(self, delay_s: float) -> None:
+        """From now on each packet on the public net takes this long."""
+        command = ["ip", "netns", "exec", self._hub, sys.executable, str(DELAY), str(delay_s)]
+        self._delay = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._delay.stdout
+        assert self._delay.stdout.readline() == "ready\n"
+        self._in(self._hub, "ip link set tun0 up")
+        self._in(self._hub, "ip route add default dev tun0 table 100")
+        for setting in ("all.rp_filter", "tun0.rp_filter", "default.rp_filter"):
+            self._in(self._hub, f"sysctl -qw net.ipv4.conf.{setting}=0")
+
+    def close(self) -> None:
+        """End what runs; the namespaces are swept."""
+        if self._delay is not None:
+            self._delay.kill()
+            self._delay.wait()
+            assert self._delay.stdout
+            self._delay.stdout.close()
 
     def public(self) -> tuple[str, str]:
         """A namespace on the public net and its address."""
         name = self._add(f"pub{self._next}")
         return name, self._plug(name)
 
-    def private(self, *, ports: str = "") -> tuple[str, str]:
-        """A namespace behind a NAT router of its own, and its private address. `ports`: flags of masquerade."""
+    def private(self, *, ports: str = "", unasked: str = "drop") -> tuple[str, str]:
+        """A namespace behind a NAT router of its own, and its private address. `ports`: flags of masquerade;
+        `unasked`: what happens to a SYN that nobody expects.
+        """
         number = self._next
         router, inside = self._add(f"nat{number}"), self._add(f"priv{number}")
         self._plug(router)
@@ -158,7 +180,7 @@ class Network:
         self._in(router, f"ip addr add 10.{number}.0.1/24 dev lan")
         self._in(router, "ip link set lan up")
         self._in(router, "sysctl -qw net.ipv4.ip_forward=1")
-        run("ip", "netns", "exec", router, "nft", "-f", "-", given=RULES.format(ports=ports))
+        run("ip", "netns", "exec", router, "nft", "-f", "-", given=RULES.format(ports=ports, unasked=unasked))
         self._in(inside, f"ip addr add 10.{number}.0.2/24 dev eth0")
         self._in(inside, "ip link set eth0 up")
         self._in(inside, f"ip route add default via 10.{number}.0.1")
@@ -212,11 +234,18 @@ class Network:
     def _plug(self, namespace: str) -> str:
         """Join a namespace to the public net."""
         number, self._next = self._next, self._next + 1
-        self._in(namespace, f"ip link add wan type veth peer name p{number} netns {self._hub}")
-        self._in(namespace, f"ip addr add {PUBLIC}.{number}/24 dev wan")
+        port, address, hub = f"p{number}", f"{PUBLIC}.{number}", f"{PUBLIC}.254"
+        self._in(namespace, f"ip link add wan type veth peer name {port} netns {self._hub}")
+        self._in(namespace, f"ip addr add {address}/32 dev wan")
         self._in(namespace, "ip link set wan up")
-        self._in(self._hub, f"ip link set p{number} master br0 up")
-        return f"{PUBLIC}.{number}"
+        self._in(self._hub, f"ip addr add {hub}/32 dev {port}")
+        self._in(self._hub, f"ip link set {port} up")
+        self._in(self._hub, f"ip route add {address}/32 dev {port}")
+        self._in(namespace, f"ip route add {hub}/32 dev wan")
+        self._in(namespace, f"ip route add default via {hub}")
+        if self._delay is not None:
+            self._in(self._hub, f"ip rule add iif {port} lookup 100")
+        return address
 
     def _in(self, namespace: str, command: str) -> None:
         run("ip", "netns", "exec", namespace, *command.split())
@@ -235,7 +264,9 @@ def namespaces() -> Generator[None]:
 
 @pytest.fixture
 def network(namespaces: None) -> Generator[Network]:
+    net = Network()
     try:
-        yield Network()
+        yield net
     finally:
+        net.close()
         sweep()

@@ -65,7 +65,9 @@ async def obey(host: Host, nat: Nat, order: dict) -> dict:
 
 
 async def main(seed: str, listen: str, config: str) -> None:
-    settings = NatConfig(unsettled_s=1.0, settled_s=5.0, relay_client=TIMES, **json.loads(config))
+    settings = NatConfig(
+        unsettled_s=1.0, settled_s=5.0, retire_s=20.0, relay_client=TIMES, **json.loads(config)
+    )
     async with (
         open_host(Identity(bytes.fromhex(seed)), [listen]) as host,
         open_nat(host, settings, dice=Dice(int(seed[:8], 16)), unix_now_s=lambda: int(time.time())) as nat,

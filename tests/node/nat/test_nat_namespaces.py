@@ -44,6 +44,22 @@ async def test_public_and_private_peers_know_what_they_are_and_a_hole_is_punched
         assert "error" not in await gateway("echo", peer=island.peer, bytes=1000)
 
 
+async def test_nats_that_refuse_instead_of_dropping_are_punched_because_packets_take_time(network) -> None:
+    """The SYNs cross on their way, so each NAT has seen one go out before the other comes in."""
+    network.slow(0.02)
+    relays = network.plan(network.public(), serve_relay=True)
+    places = [network.private(unasked="accept") for _ in range(2)]
+    others = [network.plan(place, relays=[relays.address]) for place in places]
+    async with network.running(relays, *others) as (relay, island, gateway):
+        for peer in (island, gateway):
+            await peer("connect", address=relay.address)
+        state = await island.until(lambda s: s["relays"] == [relay.peer])
+        await gateway("connect", address=state["addresses"][0])
+        await gateway.until(lambda s: s["paths"][island.peer] == ["direct"])
+        assert (await island("status"))["punched"] == 1
+        assert "error" not in await gateway("echo", peer=island.peer, bytes=100_000)
+
+
 async def test_behind_nats_that_draw_ports_at_random_peers_stay_relayed(network) -> None:
     relays = network.plan(network.public(), serve_relay=True)
     places = [network.private(ports="random,fully-random") for _ in range(2)]
