@@ -28,7 +28,9 @@ class FindClosest(msgspec.Struct, frozen=True, gc=False):
 
 
 class GetRecords(msgspec.Struct, frozen=True, gc=False):
-    """Records at `key`. Ends with `Found`: once `quorum` answers held some, or all closest peers answered."""
+    """Records at `key`. Ends with `Found`: once `quorum` answers held some, or the `value_beta` (dht/policy.py)
+    closest peers answered.
+    """
 
     ticket: int
     key: Key

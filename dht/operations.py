@@ -31,6 +31,7 @@ from dht.messages import (
     Records,
     Store,
 )
+from dht.policy import DhtPolicy
 from dht.records import Check, RecordBody, newest_of_each
 from dht.serving import Serving
 from protocol.envelope import Envelope, Opened
@@ -210,7 +211,7 @@ class Operations:
             core.keys,
             k=policy.k,
             alpha=policy.alpha,
-            beta=policy.join_beta if own_key else policy.beta,
+            beta=_beta(policy, kind),
             paths=1 if own_key or kind is Kind.REFRESH else policy.disjoint_paths,
             max_queries=REFRESH_QUERIES if kind is Kind.REFRESH else policy.max_queries,
         )
@@ -435,6 +436,15 @@ class Operations:
         if not op.reported and op.ticket is not None:
             op.reported = True
             self._core.emit(Stored(op.ticket, op.copies, self._cost(op)))
+
+
+def _beta(policy: DhtPolicy, kind: Kind) -> int:
+    """How many of the closest must have answered before a lookup is done."""
+    if kind in {Kind.JOIN, Kind.NEIGHBOURS}:
+        return policy.join_beta
+    if kind in {Kind.RECORDS, Kind.PROVIDERS}:
+        return policy.value_beta
+    return policy.beta
 
 
 def _nothing(ticket: int, kind: Kind) -> DhtEvent:

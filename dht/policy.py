@@ -28,6 +28,10 @@ class DhtPolicy:
     #: closer to it than half of its holders, so half of k must know us; the others hear of us from them.
     join_beta: int = 10
 
+    #: The same for records and providers, if not enough were found before: what exists is mostly found at the
+    #: first of its holders, and to hide it ten of its closest peers must keep silent.
+    value_beta: int = 10
+
     #: Queries after which a lookup ends in any case. An honest one takes 10 to 15, a join some 40; with a third
     #: of all peers dead twice that.
     max_queries: int = 100
