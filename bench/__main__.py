@@ -16,6 +16,7 @@ BENCHMARKS = {
     "attacks": "what each attack on karma brings, against honest work",
     "lab": "how exactly the delay laboratory delays, beside the kernel's own path",
     "validation": "the simulator against 30 real nodes: the same lookups, p50 and p90 of both",
+    "dht": "45 real peers, 90 lookups at once: our DHT against py-libp2p's kad_dht",
     "dht_lookup": "lookups in a simulated network: RTT-aware buckets against plain ones",
     "continuation": "how often a continuation equals the undisturbed run",
 }
