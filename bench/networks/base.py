@@ -30,7 +30,38 @@ class Timeout(AssertionError):
     """What was waited for did not come about in time."""
 
 
-class Network(ABC):
+class Timed(ABC):
+    """A network's own time."""
+
+    @abstractmethod
+    async def wait(self, seconds: float) -> None:
+        """Let the network live for so long."""
+
+    @property
+    @abstractmethod
+    def step_s(self) -> float:
+        """How often to look when something is awaited."""
+
+    @property
+    @abstractmethod
+    def now_s(self) -> float:
+        """The network's time."""
+
+    async def until(self, holds: Callable[[], object], what: str, within_s: float) -> float:
+        """Wait until `holds()` is true (it may be a coroutine function); how long that took. Raises Timeout."""
+        began = self.now_s
+        while True:
+            found = holds()
+            if hasattr(found, "__await__"):
+                found = await found  # type: ignore[misc]
+            if found:
+                return self.now_s - began
+            if self.now_s - began > within_s:
+                raise Timeout(f"not within {within_s:g} s: {what}")
+            await self.wait(self.step_s)
+
+
+class Network(Timed):
     """Made without peers; `start` or `join` adds them."""
 
     #: Its name in reports.
@@ -70,22 +101,6 @@ class Network(ABC):
     async def heal(self) -> None:
         """All reach each other again."""
 
-    # --- time ---------------------------------------------------------------------------------------
-
-    @abstractmethod
-    async def wait(self, seconds: float) -> None:
-        """Let the network live for so long."""
-
-    @property
-    @abstractmethod
-    def step_s(self) -> float:
-        """How often to look when something is awaited."""
-
-    @property
-    @abstractmethod
-    def now_s(self) -> float:
-        """The network's time."""
-
     # --- the DHT ------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -115,19 +130,6 @@ class Network(ABC):
 
     # --- made of these ------------------------------------------------------------------------------
 
-    async def until(self, holds: Callable[[], object], what: str, within_s: float) -> float:
-        """Wait until `holds()` is true (it may be a coroutine function); how long that took. Raises Timeout."""
-        began = self.now_s
-        while True:
-            found = holds()
-            if hasattr(found, "__await__"):
-                found = await found  # type: ignore[misc]
-            if found:
-                return self.now_s - began
-            if self.now_s - began > within_s:
-                raise Timeout(f"not within {within_s:g} s: {what}")
-            await self.wait(self.step_s)
-
     async def settle(self, k: int, within_s: float = 60.0) -> None:
         """Wait until every live peer knows k others, among them its nearest neighbour, and nobody dead."""
 
@@ -150,3 +152,25 @@ class Network(ABC):
             entries += len(known)
             dead += sum(other in self._dead for other in known)
         return dead / max(entries, 1)
+
+
+class CoordinationNetwork(Timed):
+    """Coordinators and Islands, numbered each for themselves in the order in which they started."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    async def start(self, coordinators: int, islands: int) -> None:
+        """All enter by coordinator 0. They may still be looking for each other on return."""
+
+    @abstractmethod
+    async def coordinators_of(self, island: int) -> set[int]:
+        """The coordinators that have this Island's advert, as it knows."""
+
+    @abstractmethod
+    async def issuers_about(self, coordinator: int, island: int) -> set[int]:
+        """Whose karma statements about an Island a coordinator can read."""
+
+    @abstractmethod
+    async def kill(self, coordinator: int) -> None:
+        """It stops at once, without a farewell."""

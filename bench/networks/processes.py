@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Final, Self, TypeVar
+from typing import ClassVar, Final, Literal, Self, TypeVar
 
 import msgspec
 import trio
@@ -73,9 +73,18 @@ class Spawner:
     ) -> None:
         self.close()
 
-    def start(self, argv: Sequence[str], *, out: Path, err: Path, namespace: str = "") -> int:
-        """Start `archi-node` with these arguments; its process id."""
-        order = Order(list(argv), str(out), str(err), namespace)
+    def start(
+        self,
+        settings: Mapping[str, object],
+        *,
+        out: Path,
+        err: Path,
+        program: Literal["archi-node", "archi-gateway"] = "archi-node",
+        namespace: str = "",
+    ) -> int:
+        """Run the program with these settings; its process id."""
+        argv = ["run", *(word for name, value in settings.items() for word in ("--set", f"{name}={value}"))]
+        order = Order(program, argv, str(out), str(err), namespace)
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(order).decode() + "\n")
         self._process.stdin.flush()
@@ -228,23 +237,14 @@ class ProcessNetwork(Network):
             "network.bootstrap": self._entrance,
             **self._settings,
         }
-        argv = ["run", *(word for name, value in settings.items() for word in ("--set", f"{name}={value}"))]
         namespace = "" if self._lab is None else self._lab.namespace(peer)
-        pid = self._spawner.start(argv, out=self._out(peer), err=self._err(peer), namespace=namespace)
+        pid = self._spawner.start(settings, out=self._out(peer), err=self._err(peer), namespace=namespace)
         self.pids.append(pid)
         return peer
 
     async def address(self, peer: int) -> str:
         """Where it listens, once it does."""
-        deadline = trio.current_time() + _START_S
-        while True:
-            with suppress(FileNotFoundError):
-                for line in self._out(peer).read_text().splitlines():
-                    if line.startswith("listening "):
-                        return line.removeprefix("listening ")
-            if trio.current_time() > deadline:
-                raise RuntimeError(f"peer {peer} did not start:\n{self.log(peer)}")
-            await trio.sleep(0.02)
+        return await announced(self._out(peer), "listening", self._err(peer))
 
     async def _ask(self, peer: int, method: str, params: object, result: type[T]) -> T:
         try:
@@ -264,6 +264,24 @@ class ProcessNetwork(Network):
 
     def _err(self, peer: int) -> Path:
         return self._folder / f"{peer}.err"
+
+
+async def announced(out: Path, what: str, err: Path) -> str:
+    """The first thing that a program says it is `what` ("listening", "mesh")."""
+    deadline = trio.current_time() + _START_S
+    while trio.current_time() < deadline:
+        for line in _lines(out):
+            if line.startswith(f"{what} "):
+                return line.removeprefix(f"{what} ")
+        await trio.sleep(0.02)
+    raise RuntimeError("\n".join(["it did not start:", *_lines(err)]))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except FileNotFoundError:
+        return []
 
 
 def _result(cost: CostView, *, peers: tuple[int, ...] = (), values: tuple[bytes, ...] = ()) -> LookupResult:

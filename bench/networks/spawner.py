@@ -1,7 +1,7 @@
-"""Starts many `archi-node` processes at the price of one: import once, then fork for each.
+"""Starts many `archi-node` and `archi-gateway` processes at the price of one: import once, then fork for each.
 
 `python -m bench.networks.spawner` reads one order a line from standard input, JSON, and answers each with the
-new process's id. Every node is a process of its own that runs what `archi-node` runs; it shares with the others
+new process's id. Every node is a process of its own that runs what the command runs; it shares with the others
 only the memory of the imported code. When standard input closes, or this process dies, all of them are killed.
 """
 
@@ -13,13 +13,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, Literal, NoReturn
 
 import msgspec
 
 # All that a node will need, so that a forked one imports nothing.
 import node.island  # noqa: F401
 import node.logs  # noqa: F401
+from gateway import cli as gateway_cli
 from node import cli
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -29,10 +30,11 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class Order(msgspec.Struct, frozen=True):
-    """`argv`: what follows `archi-node`. `out`, `err`: files for its output. `namespace`: a network namespace's
-    file to live in; empty: ours.
+    """`argv`: what follows the program's name. `out`, `err`: files for its output. `namespace`: a network
+    namespace's file to live in; empty: ours.
     """
 
+    program: Literal["archi-node", "archi-gateway"]
     argv: list[str]
     out: str
     err: str
@@ -47,6 +49,10 @@ def main() -> int:
     print("ready", flush=True)
     for line in sys.stdin:
         order = decode(line)
+        if order.program == "archi-gateway":
+            import gateway.server  # noqa: F401, PLC0415 - the web framework is for those who need it
+
+            gc.freeze()
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -72,7 +78,7 @@ def _become(order: Order, parent: int) -> NoReturn:
             os.close(opened)
         if order.namespace:
             _enter(order.namespace)
-        code = cli.main(order.argv)
+        code = (cli if order.program == "archi-node" else gateway_cli).main(order.argv)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException as error:  # noqa: BLE001 - the outermost boundary: a fork must not return into `main`

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import pytest
 
 from bench.lab import Lab, why_unavailable
-from bench.networks.base import LookupResult, Network
+from bench.networks.base import CoordinationNetwork, LookupResult, Network
+from bench.networks.coordination import ProcessCoordination, SimulatedCoordination
 from bench.networks.processes import ProcessNetwork, Spawner
 from bench.networks.simulated import SimulatedNetwork
 from dht.keys import key_of_capability
@@ -147,3 +148,18 @@ def keys(request: pytest.FixtureRequest) -> Callable[[int], list[int]]:
     """`keys(n)`: n places in the key space, for each test its own, always the same."""
     test = request.function.__name__
     return lambda count: [key_of_capability(f"{test}-{number}") for number in range(count)]
+
+
+@pytest.fixture
+def coordinating_processes(
+    spawner: Spawner, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[ProcessCoordination]:
+    with ProcessCoordination(spawner, tmp_path_factory.mktemp("coordination")) as net:
+        yield net
+
+
+@pytest.fixture(params=["sim-1", "sim-2", PROCESSES])
+def coordination(request: pytest.FixtureRequest) -> CoordinationNetwork:
+    if request.param == "node":
+        return request.getfixturevalue("coordinating_processes")
+    return SimulatedCoordination(int(request.param.removeprefix("sim-")))
