@@ -172,5 +172,7 @@ class CoordinationNetwork(Timed):
         """Whose karma statements about an Island a coordinator can read."""
 
     @abstractmethod
-    async def kill(self, coordinator: int) -> None:
-        """It stops at once, without a farewell."""
+    async def kill(self, coordinator: int, *, silent: bool = False) -> None:
+        """It stops at once, without a farewell. `silent`: its connections stay
+        open, but nothing comes any more.
+        """

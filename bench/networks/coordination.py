@@ -227,8 +227,8 @@ class SimulatedCoordination(CoordinationNetwork):
         issuers = {statement.issuer for statement in self.stores[coordinator].about(subject)}
         return {node for node in range(self._coordinators) if signers[node].peer in issuers}
 
-    async def kill(self, coordinator: int) -> None:
-        self.world.kill(coordinator)
+    async def kill(self, coordinator: int, *, silent: bool = False) -> None:
+        self.world.kill(coordinator, silent=silent)
         await trio.lowlevel.checkpoint()
 
     async def wait(self, seconds: float) -> None:
@@ -326,8 +326,9 @@ class ProcessCoordination(CoordinationNetwork):
         found = await ask(self._home(f"gateway-{coordinator}"), "karma", params, result=KarmaView)
         return {self._coordinators[PeerId(statement.issuer)] for statement in found.statements}
 
-    async def kill(self, coordinator: int) -> None:
-        os.kill(self._pids.pop(f"gateway-{coordinator}"), signal.SIGKILL)
+    async def kill(self, coordinator: int, *, silent: bool = False) -> None:
+        # A stopped process is a cut cable to others: the kernel still acknowledges, the program is silent.
+        os.kill(self._pids[f"gateway-{coordinator}"], signal.SIGSTOP if silent else signal.SIGKILL)
         await trio.lowlevel.checkpoint()
 
     async def wait(self, seconds: float) -> None:

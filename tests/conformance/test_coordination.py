@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 COORDINATORS = 4
 ISLANDS = 6
 
@@ -36,7 +38,8 @@ async def test_what_coordinators_state_is_the_same_everywhere(coordination: Any)
     await net.until(agreed, "every coordinator knows what each states about each Island", within_s=120)
 
 
-async def test_islands_of_a_dead_coordinator_are_picked_up(coordination: Any) -> None:
+@pytest.mark.parametrize("silent", [False, True], ids=["killed", "frozen"])
+async def test_islands_of_a_lost_coordinator_are_picked_up(coordination: Any, *, silent: bool) -> None:
     net = coordination
     await net.start(COORDINATORS, ISLANDS)
     await served(net)
@@ -44,7 +47,7 @@ async def test_islands_of_a_dead_coordinator_are_picked_up(coordination: Any) ->
     # Not the first: the others entered by it, and whether they do without it is another question.
     busiest = max(range(1, COORDINATORS), key=lambda one: sum(one in known for known in having))
     assert any(busiest in known for known in having)
-    await net.kill(busiest)
+    await net.kill(busiest, silent=silent)
 
     async def picked_up() -> bool:
         for island in range(ISLANDS):
