@@ -94,6 +94,8 @@ _USELESS_PUSHES: Final = 4
 _PRUNE_NS: Final = SECOND_NS
 #: Expired items are looked for at most this often.
 _EXPIRY_NS: Final = 5 * SECOND_NS
+#: Comparisons that differ and bring nothing, before the next is no longer hurried: some may have got lost.
+_FRUITLESS: Final = 8
 _MAX_EXPELLED: Final = 4_096
 
 
@@ -128,6 +130,7 @@ class GossipMachine(Generic[P]):
         self._lazy_at: Instant | None = None
         self._sync_at: Instant | None = None
         self._sync_ns = policy.sync_first_ns
+        self._fruitless = 0
         self._expire_at: Instant | None = None
         self._told_wake: Instant | None = None
         self._out: list[GossipEffect[P]] = []
@@ -326,6 +329,7 @@ class GossipMachine(Generic[P]):
         if not self.store.put(item, item_id, expires):
             return False
         self._plan_expiry(now)
+        self._fruitless = 0
         for neighbour in self._neighbours.values():
             if neighbour is source:
                 continue
@@ -374,6 +378,7 @@ class GossipMachine(Generic[P]):
             neighbour.lazy.pop(item_id, None)
             held = self.store.get(item_id)
             if held is not None and size < _ANSWER_BYTES:
+                self._fruitless = 0
                 items.append(held.item)
                 size += len(held.item.payload)
 
@@ -413,6 +418,12 @@ class GossipMachine(Generic[P]):
         self._sync_at = after(now, half + self._dice.below(2 * half))
 
     def _sync_soon(self, now: Instant) -> None:
+        """Stores differ: compare again soon, unless that has brought nothing several times (what one holds,
+        the other may have refused).
+        """
+        self._fruitless += 1
+        if self._fruitless > _FRUITLESS:
+            return
         if self._sync_ns > self._policy.sync_first_ns:
             self._sync_ns = self._policy.sync_first_ns
             self._plan_sync(now)

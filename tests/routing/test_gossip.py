@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +30,7 @@ from routing.gossip_messages import (
     Prune,
     Publish,
     Push,
+    Reconsider,
     Refused,
     RemovePeer,
     Sums,
@@ -342,6 +344,56 @@ def test_what_claims_to_last_longer_than_its_kind_may_is_not_held() -> None:
     eternal = news(5, 1, expires=FOREVER * 5)
     world.inject(99, 0, Push((eternal,)))
     assert not world.holds(0, eternal)
+
+
+def test_items_of_several_kinds_travel_side_by_side() -> None:
+    """Each kind has its opener and its bounds; a node that does not know a kind lets it be, without blame."""
+    world = World()
+
+    def machine(*kinds: str) -> GossipMachine[int]:
+        return GossipMachine(
+            Dice(len(kinds)),
+            GossipPolicy(),
+            dict.fromkeys(kinds, open_news),
+            {kind: KindPolicy(60 * SECOND_NS, 60 if kind == KIND else 400) for kind in kinds},
+        )
+
+    for node, kinds in enumerate([(KIND, "summary"), (KIND, "summary"), (KIND,)]):
+        world.nodes[node] = machine(*kinds)
+        world.learnt[node] = []
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        world.link(a, b)
+    soon = 50 * SECOND_NS
+    short = news(0, 1, expires=soon)
+    summary = msgspec.structs.replace(news(0, 1, expires=soon, text=b"s" * 300), kind="summary")
+    world.order(0, Publish(short))
+    world.order(0, Publish(summary))
+    world.run(5)
+    assert sorted(item.kind for item in world.learnt[1]) == [KIND, "summary"]
+    assert world.learnt[2] == [short]
+    world.inject(0, 1, Push((msgspec.structs.replace(summary, kind=KIND, version=9),)))
+    assert len(world.learnt[1]) == 2, "too long for its kind"
+    world.run(25)
+    world.sent.clear()
+    world.run(20)
+    assert world.sent.get("Compare", 0) <= 6, "a difference that stays is not compared ever again in haste"
+    world.run(30)
+    assert [len(world.nodes[node].store) for node in range(3)] == [0, 0, 0]
+    assert not world.expelled
+
+
+def test_favour_may_change() -> None:
+    """Who becomes a stranger keeps only strangers' room."""
+    favoured = {(7).to_bytes(8, "big")}
+    world = World(policy=GossipPolicy(capacity=100, stranger_capacity=20, per_origin=90))
+    world.boot(0, favoured=favoured.__contains__)
+    for i in range(50):
+        world.order(0, Publish(news(7, i)))
+    assert len(world.nodes[0].store) == 50
+    favoured.clear()
+    world.order(0, Reconsider())
+    assert len(world.nodes[0].store) == 20
+    assert world.holds(0, news(7, 49))
 
 
 # --- bad neighbours -------------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def test_the_past_is_folded_at_the_turn_of_an_epoch() -> None:
     assert join(first, later) == later
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 3 * 6 * 3600), st.integers(0, 4), st.booleans()), max_size=30))
 def test_an_honest_witness_never_contradicts_itself(events: list[tuple[int, int, bool]]) -> None:
     """Whatever its clock does, backward steps included."""
