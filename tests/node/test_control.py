@@ -48,7 +48,7 @@ def methods() -> ControlMethods:
         cargos={},
         started=0.0,
         overlay=None,
-            affiliation=None,
+        affiliation=None,
     )
     methods = ControlMethods()
 
