@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.dice import Dice
@@ -593,6 +593,7 @@ inputs = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2 * SECOND_NS), inputs), max_size=40))
 def test_no_input_raises_and_the_books_stay_right(rows: list[tuple[int, object]]) -> None:
     node: GossipMachine[int] = GossipMachine(

@@ -49,16 +49,19 @@ def stated(sequence: int = 0, *, epoch: int = EPOCH, **said: int) -> Statement[i
     return Statement(1, 2, (epoch << SEQUENCE_BITS) + sequence, Counters(**said))
 
 
+@settings(deadline=None)
 @given(statements, statements)
 def test_join_is_commutative(a: Statement[int], b: Statement[int]) -> None:
     assert join(a, b) == join(b, a)
 
 
+@settings(deadline=None)
 @given(statements, statements, statements)
 def test_join_is_associative(a: Statement[int], b: Statement[int], c: Statement[int]) -> None:
     assert join(a, join(b, c)) == join(join(a, b), c)
 
 
+@settings(deadline=None)
 @given(statements, statements)
 def test_join_is_idempotent_and_an_upper_bound(a: Statement[int], b: Statement[int]) -> None:
     assert join(a, a) == a
@@ -66,6 +69,7 @@ def test_join_is_idempotent_and_an_upper_bound(a: Statement[int], b: Statement[i
     assert order_of(join(a, b)) == max(order_of(a), order_of(b))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(counters, st.integers(0, 2)), min_size=1, max_size=8), st.randoms())
 def test_for_an_honest_issuer_the_join_is_the_pointwise_maximum(
     rows: list[tuple[Counters, int]], random: object
@@ -84,6 +88,7 @@ def test_for_an_honest_issuer_the_join_is_the_pointwise_maximum(
     assert not any(contradict(a, b) for a in grown for b in grown)
 
 
+@settings(deadline=None)
 @given(statements, statements)
 def test_contradiction_is_symmetric_and_about_one_number(a: Statement[int], b: Statement[int]) -> None:
     assert contradict(a, b) == contradict(b, a)
@@ -105,6 +110,7 @@ def test_an_hour_of_the_reference_machine_is_one_unit_hour() -> None:
     assert work_units(REFERENCE_BYTES_PER_S // 10, 0, 8 * tokens) == HOUR_UNITS
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**11), st.integers(1, 1000), st.integers(0, 1000), st.integers(1, 50))
 def test_a_slow_machine_does_not_earn_more(weights: int, generated: int, prompt: int, slower: int) -> None:
     """In an hour the slower one makes fewer tokens; what a token brings depends on the model only."""
@@ -150,6 +156,7 @@ def test_penalties_are_ordered_and_a_lie_outweighs_any_credit() -> None:
     assert costs[3] == 43_333
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50), st.integers(0, 50))
 def test_an_hours_penalty_costs_exactly_an_hours_work(worked_h: int, penalty_tenths: int) -> None:
     """Wherever one stands, below zero or above the threshold (below the cap: 25 + 5 of 40 hours here)."""
@@ -159,6 +166,7 @@ def test_an_hours_penalty_costs_exactly_an_hours_work(worked_h: int, penalty_ten
     assert after == before
 
 
+@settings(deadline=None)
 @given(
     counters, pasts, st.integers(0, 400), st.sampled_from(Counters.__struct_fields__), st.integers(1, 10**12)
 )
@@ -177,6 +185,7 @@ def test_scores_move_the_right_way(said: Counters, past: Past, age: int, name: s
         assert after == before
 
 
+@settings(deadline=None)
 @given(st.integers(-(10**12), 10**12), st.integers(0, 10**12))
 def test_points_grow_with_net_work(net: int, more: int) -> None:
     assert POLICY.points_mpt(net) <= POLICY.points_mpt(net + more)
@@ -207,6 +216,7 @@ def test_half_is_left_after_a_half_life() -> None:
     assert POLICY.decayed(10**15, 10**6) == 0
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**18), st.integers(0, 500), st.integers(0, 500))
 def test_decay_only_shrinks(units: int, epochs: int, more: int) -> None:
     assert 0 <= POLICY.decayed(units, epochs + more) <= POLICY.decayed(units, epochs) <= units
@@ -261,7 +271,7 @@ def test_the_past_is_folded_at_the_turn_of_an_epoch() -> None:
     assert join(first, later) == later
 
 
-@settings(max_examples=200)
+@settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 3 * 6 * 3600), st.integers(0, 4), st.booleans()), max_size=30))
 def test_an_honest_witness_never_contradicts_itself(events: list[tuple[int, int, bool]]) -> None:
     """Whatever its clock does, backward steps included."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing.gossip_quota import QuotaMap
@@ -41,6 +41,7 @@ statements = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(statements, max_size=30).flatmap(lambda rows: st.tuples(st.just(rows), st.permutations(rows))))
 def test_order_and_repetition_do_not_matter(
     orders: tuple[list[Statement[int]], list[Statement[int]]],
@@ -62,6 +63,7 @@ def test_order_and_repetition_do_not_matter(
         ]
 
 
+@settings(deadline=None)
 @given(st.lists(statements, max_size=20), st.lists(statements, max_size=20))
 def test_two_stores_that_exchange_agree(left: list[Statement[int]], right: list[Statement[int]]) -> None:
     one, other = KarmaStore(ME), KarmaStore(ME)
@@ -146,6 +148,7 @@ region_words = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(honest_words, region_words)
 def test_what_a_region_can_do_to_anybody_is_bounded(
     honest: list[tuple[int, int, int, int]], region: list[tuple[int, int, int, int, int]]
@@ -240,6 +243,7 @@ def test_a_flood_of_strangers_costs_the_trusted_nothing() -> None:
 writes = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6), st.booleans()), max_size=200)
 
 
+@settings(deadline=None)
 @given(writes, st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
 def test_the_map_is_bounded_and_counts_right(
     rows: list[tuple[int, int, bool]], capacity: int, strangers: int, per_origin: int
@@ -263,6 +267,7 @@ def test_the_map_is_bounded_and_counts_right(
             assert len(list(quota.of(one))) <= per_origin
 
 
+@settings(deadline=None)
 @given(writes)
 def test_favoured_entries_never_go_for_a_stranger(rows: list[tuple[int, int, bool]]) -> None:
     quota: QuotaMap[int, int, int] = QuotaMap(10, 4, 5, lambda origin: origin < 4)
@@ -282,6 +287,7 @@ def test_the_largest_makes_room() -> None:
     assert quota.put(1, 9, 9) == [(1, 1, 1)]
 
 
+@settings(deadline=None)
 @given(writes, st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9)))
 def test_favour_may_move(rows: list[tuple[int, int, bool]], first: set[int], then: set[int]) -> None:
     favour = set(first)

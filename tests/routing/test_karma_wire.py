@@ -143,7 +143,7 @@ def test_records_read_back_merge_and_invent_nothing() -> None:
 # --- bytes ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 @given(st.binary(max_size=700))
 def test_any_bytes_are_survived(data: bytes) -> None:
     opener = karma_opener(POLICY)
@@ -158,7 +158,7 @@ def test_any_bytes_are_survived(data: bytes) -> None:
         pass
 
 
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 @given(st.integers(0, 10**6), st.binary(min_size=1, max_size=4), st.sampled_from(["flip", "cut", "grow"]))
 def test_damaged_messages_are_refused_or_harmless(place: int, noise: bytes, how: str) -> None:
     """Start from valid bytes: most damage lands behind the first checks."""

@@ -47,7 +47,7 @@ def graph_of(*lists: list[tuple[int, int, int]]) -> dict[int, dict[int, int]]:
 seeds_strategy = st.dictionaries(st.sampled_from(honest_nodes), st.integers(1, FULL), min_size=1, max_size=4)
 
 
-@settings(max_examples=400)
+@settings(deadline=None, max_examples=400)
 @given(
     seeds_strategy,
     edges_between(honest_nodes, honest_nodes),
@@ -74,6 +74,7 @@ def test_a_region_gets_at_most_what_the_attack_edges_let_in(
     assert all(0 < weight <= FULL for weight in trust.values())
 
 
+@settings(deadline=None)
 @given(edges_between(honest_nodes, honest_nodes), edges_between(sybil_nodes, honest_nodes))
 def test_without_attack_edges_a_region_gets_nothing(
     among_honest: list[tuple[int, int, int]], back: list[tuple[int, int, int]]
@@ -122,6 +123,7 @@ def test_praising_oneself_moves_nothing() -> None:
     assert trust_of({0: FULL}, {0: {1: 40 * HOUR_UNITS, 0: 10**15}, 1: {1: 10**15}}, POLICY) == plain
 
 
+@settings(deadline=None)
 @given(st.permutations(list(range(1, 8))), edges_between(range(8), range(8)))
 def test_the_order_of_anything_does_not_matter(names: list[int], rows: list[tuple[int, int, int]]) -> None:
     graph = graph_of(rows)
