@@ -31,7 +31,7 @@ from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.records.validator import BlankValidator, NamespacedValidator
 from libp2p.security.noise.transport import PROTOCOL_ID, Transport
-from libp2p.tools.async_service import background_trio_service
+from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from bench.figures import header, percentile

@@ -1,9 +1,10 @@
 """Heartbeats on links, the end of silent ones and of those that nobody needs.
 
-A link is lively while somebody needs it (kept, pinned, other streams to that peer are open) or used it a
-moment ago; lively links are pinged each second and judged by their silence. All others are quiet: they get a
-ping now and then, and end when they are not used for long. So a link costs next to nothing when it rests, and
-a peer that others come to see can not be filled with links: how many may rest is bounded.
+A link is lively while somebody needs it (kept, pinned, a call or another stream to that peer is open); lively
+links are pinged each second and judged by their silence. All others are quiet: they get a ping now and then,
+and end when they are not used for long (who sends notices over one has time-outs of its own). So a link costs
+next to nothing when it rests, and a peer that others come to see can not be filled with links: how many may
+rest is bounded.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class LinkWatch:
                 now - before > tick + heartbeat
             ):  # it was us who slept: what they sent waits unread in our sockets
                 for known in self._known.values():
-                    known.judged_from = max(known.judged_from, now)
+                    known.judged_from = known.pinged_at = now
+                    known.link.ping()
             await self._end_silent(now)
             if now >= next_sweep:
                 next_sweep = now + heartbeat - tick / 2
@@ -119,21 +121,22 @@ class LinkWatch:
             needed = self.protected(peer)
             if needed and unused > config.idle_ns / SECOND_NS / 4:
                 link.notify(METHOD_STAY, Accepted())  # the other side may not need us, and would close it
-            if needed or link.busy or unused < config.quiet_after_ns / SECOND_NS:
+            if needed or link.busy:
                 if not known.lively:
                     known.lively, known.judged_from = True, now
                 link.ping()
                 continue
-            if known.lively:
-                known.lively, known.pinged_at = False, now
-                link.ping()
-            elif now - known.pinged_at >= config.quiet_heartbeat_ns / SECOND_NS:
-                known.pinged_at = now
-                link.ping()
+            known.lively = False
             limit = config.idle_ns if known.ours else config.idle_ns + config.idle_grace_ns
             if unused > limit / SECOND_NS:
                 known.part("not used")
                 await self._host.disconnect(peer, "not used")
+                continue
+            used = unused < config.quiet_after_ns / SECOND_NS
+            rest_ns = config.quiet_after_ns if used else config.quiet_heartbeat_ns
+            if now - known.pinged_at >= rest_ns / SECOND_NS:
+                known.pinged_at = now
+                link.ping()
 
     async def _end_streamless(self, now: float) -> None:
         """Connections without a link and without streams: strangers that say nothing, leftovers."""

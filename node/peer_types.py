@@ -37,7 +37,8 @@ class PeersConfig:
     """Dialling, the RPC stream and hello together."""
 
     quiet_after_ns: int = 5 * SECOND_NS
-    """A link that nobody needs and nobody used for this long is quiet: an answer comes sooner than this."""
+    """A link that nobody needs but that was used this lately is pinged this often: that measures the round trip
+    for those who use it. A newcomer finds no room if all links were used so lately."""
 
     quiet_heartbeat_ns: int = 20 * SECOND_NS
     """Heartbeat of a quiet link. It keeps a router's table from forgetting the connection (RFC 5382 asks for
