@@ -27,7 +27,9 @@ class Traffic(msgspec.Struct, frozen=True):
 
 
 class VariantFacts(msgspec.Struct, frozen=True):
-    """`wall_s`, `us_per_event`, `bytes_per_node`: of the machine that ran it, no part of the history."""
+    """`wall_s`, `cpu_s`, `us_per_event` (CPU), `bytes_per_node`: of the machine that ran it, no part of the
+    history.
+    """
 
     name: str
     sha256: str
@@ -36,6 +38,7 @@ class VariantFacts(msgspec.Struct, frozen=True):
     notes: list[str] = []
     messages: dict[str, Traffic] = {}
     wall_s: float = 0.0
+    cpu_s: float = 0.0
     us_per_event: float = 0.0
     bytes_per_node: float = 0.0
 

@@ -163,11 +163,12 @@ def _messages(result: Result) -> str:
 def _timings(result: Result) -> str:
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{number_text(timing.wall_s)} s</td>"
+        f"<td>{number_text(timing.cpu_s)} s</td>"
         f"<td>{number_text(timing.events)}</td>"
         f"<td>{number_text(timing.us_per_event)}</td><td>{number_text(timing.bytes_per_node)}</td></tr>"
         for name, timing in result.timings.items()
     )
-    titles = ("", "wall time", "events", "µs per event", "bytes per node")
+    titles = ("", "wall time", "CPU time", "events", "µs of CPU per event", "bytes per node")
     head = "".join(f"<th>{title}</th>" for title in titles)
     note = (
         "On the machine that ran it; not part of the history. Bytes: how much the process grew, over all nodes."
