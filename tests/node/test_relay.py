@@ -35,7 +35,11 @@ from node.p2p.noise import HandshakeFailed
 from node.p2p.relay_client import MAX_CANDIDATES, RelayClient, RelayClientConfig
 from node.p2p.relay_dial import StreamTransport
 from node.p2p.relay_service import RelayLimits, RelayService, _Throttle
+from node.peer_types import PeersConfig
+from node.peers import open_peers
+from protocol.adverts import Hello
 from protocol.dice import Dice
+from protocol.instants import SECOND_NS
 
 PATIENCE_S = 30
 QUICK = RelayClientConfig(renew_s=0.2, min_renew_s=0.1, backoff_first_s=0.05, backoff_max_s=0.2)
@@ -428,6 +432,22 @@ async def test_a_direct_connection_is_preferred_and_the_relayed_one_retired(unti
             await until(lambda: len(m.gateway.paths(m.island.peer)) == 1)
         await new.send_all(b"goes on")
         assert await new.receive_some() == b"goes on"
+
+
+async def test_connections_that_hold_a_place_are_not_closed_for_want_of_use(until) -> None:
+    config = PeersConfig(heartbeat_ns=SECOND_NS // 20, idle_ns=SECOND_NS // 10, streamless_ns=SECOND_NS // 10)
+    hello = Hello("test", "0", ())
+    async with (
+        meeting() as m,
+        open_peers(m.relay, hello=hello, config=config, dice=Dice(1)),
+        open_peers(m.island, hello=hello, config=config, dice=Dice(2)),
+        open_host(new_identity()) as idle,
+    ):
+        await idle.connect(m.relay.addresses[0])
+        await until(lambda: not idle.connected())  # so much for those without a place
+        assert m.service.counters.reservations_made == m.service.reservations == 1
+        assert m.relay.is_held(m.island.peer)
+        assert m.island.is_held(m.relay.peer)
 
 
 async def test_two_programs_on_one_port_are_still_an_error() -> None:

@@ -148,7 +148,7 @@ class Network:
     def slow(self, delay_s: float) -> None:
         """From now on each packet on the public net takes this long."""
         command = ["ip", "netns", "exec", self._hub, sys.executable, str(DELAY), str(delay_s)]
-        self._delay = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._delay = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._delay.stdout
         assert self._delay.stdout.readline() == "ready\n"
         self._in(self._hub, "ip link set tun0 up")
@@ -161,7 +161,9 @@ class Network:
         if self._delay is not None:
             self._delay.kill()
             self._delay.wait()
+            assert self._delay.stdin
             assert self._delay.stdout
+            self._delay.stdin.close()
             self._delay.stdout.close()
 
     def public(self) -> tuple[str, str]:
@@ -263,7 +265,19 @@ def namespaces() -> Generator[None]:
 
 
 @pytest.fixture
+def crashed_run(namespaces: None) -> Generator[str]:
+    """A namespace that a test run left which is no more."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    name = f"{PREFIX}-{gone.pid}-hub"
+    run("ip", "netns", "add", name)
+    yield name
+    sweep()
+
+
+@pytest.fixture
 def network(namespaces: None) -> Generator[Network]:
+    sweep()
     net = Network()
     try:
         yield net

@@ -1,6 +1,6 @@
 """A link with latency: packets routed into `tun0` come out of it again after so many seconds (argument).
 
-For kernels without netem. Runs in the network namespace of the public net.
+For kernels without netem. Runs in the network namespace of the public net, until its standard input ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def main(delay_s: float) -> None:
     waiting: deque[tuple[float, bytes]] = deque()
     while True:
         wait_s = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
-        readable, _, _ = select.select([tun], [], [], wait_s)
+        readable, _, _ = select.select([tun, 0], [], [], wait_s)
+        if 0 in readable:
+            return
         while readable:
             try:
                 waiting.append((time.monotonic() + delay_s, os.read(tun, 65536)))

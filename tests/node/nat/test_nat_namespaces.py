@@ -7,6 +7,12 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
+async def test_what_a_crashed_run_left_is_swept(crashed_run, network) -> None:
+    with pytest.raises(RuntimeError, match="No such file"):
+        network._in(crashed_run, "true")
+    network._in(network.public()[0], "true")
+
+
 async def test_public_and_private_peers_know_what_they_are_and_a_hole_is_punched(network) -> None:
     relays = network.plan(network.public(), serve_relay=True)
     places = (network.private(), network.private(), network.public())
