@@ -22,7 +22,7 @@ async def test_who_joins_is_known_and_finds_others(scenario: Any, keys: Keys) ->
 async def test_lookups_find_the_closest_of_all(scenario: Any, keys: Keys) -> None:
     net = scenario.net
     missing = lookups = 0
-    for asker in scenario.some(scenario.size // 2):
+    for asker in scenario.some(scenario.size // 3):
         for key in keys(2):
             found = await net.find_closest(asker, key)
             assert 1 <= found.queries <= 40
