@@ -281,8 +281,8 @@ class Load:
 async def burst(
     swarm: Swarm, tally: Tally, load: Load, rng: random.Random, *, victims: Sequence[int], idle: float
 ) -> dict[str, float]:
-    """Publish messages from survivors while the victims die one after the other. `idle`: the share of a core that
-    the swarm uses when nothing is published; it is not counted.
+    """Publish messages from survivors while the victims die one after the other. `idle`: the share of a core
+    that the swarm uses when nothing is published; it is not counted.
     """
     survivors = [node for node in range(load.nodes) if node not in victims]
     first, count = len(tally.sent), load.messages

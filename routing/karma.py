@@ -3,7 +3,7 @@
 A coordinator states about each peer that worked for it how much useful work it did and which promises it broke
 (`Statement`). One statement holds all that its issuer has to say: counters of the running epoch, and the past
 as one decayed sum. So of each (issuer, subject) only the latest statement matters, and replicas agree by one
-law: the higher sequence number wins, ties go to the greater content (`supersedes`). The epoch is the upper
+law: the higher sequence number wins, ties go to the greater content (`join`). The epoch is the upper
 part of the sequence number. That order is total, so the join (the greater of two) is commutative, associative
 and idempotent whatever a lying issuer signs; and since an honest issuer's counters only grow within an epoch,
 it equals the pointwise maximum for honest ones. Winning statements are forwarded as they were signed, which a
