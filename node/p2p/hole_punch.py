@@ -139,6 +139,8 @@ class HolePuncher:
             if await self._dial_public(peer):
                 self.counters.dialled += 1
                 return
+            for path in self._host.paths(peer):
+                await self._own.learn_port(path.relay)
             for attempt in range(ATTEMPTS):
                 if attempt:
                     await trio.sleep(self._gap_s * (1 + self._dice.unit() / 4))
@@ -206,8 +208,7 @@ class HolePuncher:
         try:
             with trio.fail_after(EXCHANGE_S):
                 theirs = await _receive_connect(stream)
-                if path.relay not in self._host.observed:
-                    await self._own.learn(path.relay)
+                await self._own.learn_port(path.relay)
                 await _send(stream, PunchConnect(self._own.candidates()))
                 if not isinstance(await _receive(stream), PunchSync):
                     raise ProtocolError(Fault.UNEXPECTED, "SYNC was expected")

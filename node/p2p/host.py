@@ -494,6 +494,7 @@ class Host:
         self._relayed_count -= is_relayed(connection.path)
         if not group:
             del self._connections[connection.peer]
+            self.observed.pop(connection.peer, None)  # a NAT maps the next connection anew
             self._publish(PeerDisconnected(connection.peer, connection.broken or "closed"))
 
     def _publish(self, event: HostEvent) -> None:

@@ -44,6 +44,12 @@ class OwnAddresses:
             self._host.note_observed(peer, told.observed, mapped=over is not is_direct)
         return told
 
+    async def learn_port(self, relay: PeerId | None) -> None:
+        """Make sure to know where this relay sees our listening port, if it was dialled from there."""
+        if relay is None or ((seen := self._host.observed.get(relay)) is not None and seen.mapped):
+            return
+        await self.learn(relay)
+
     def mapped(self) -> tuple[str, ...]:
         """Where peers see our listening port, the most often named first."""
         named: dict[str, int] = {}

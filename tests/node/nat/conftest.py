@@ -32,7 +32,7 @@ RULES = """
 table ip nat {{
     chain outgoing {{
         type nat hook postrouting priority 100
-        oifname "wan" masquerade {ports}
+        oifname "wan" meta l4proto tcp masquerade {ports}
     }}
 }}
 table ip filter {{

@@ -15,7 +15,9 @@ async def test_what_a_crashed_run_left_is_swept(crashed_run, network) -> None:
 
 async def test_public_and_private_peers_know_what_they_are_and_a_hole_is_punched(network) -> None:
     relays = network.plan(network.public(), serve_relay=True)
-    places = (network.private(), network.private(), network.public())
+    # These routers map ports to others: where the relay sees a peer is where it can be met, not its own port.
+    mapping = {"ports": "to :20000-30000"}
+    places = (network.private(**mapping), network.private(**mapping), network.public())
     others = [network.plan(place, relays=[relays.address]) for place in places]
     async with network.running(relays, *others) as (relay, island, gateway, public):
         for peer in (island, gateway, public):
@@ -35,7 +37,9 @@ async def test_public_and_private_peers_know_what_they_are_and_a_hole_is_punched
         assert "relayed" in state["paths"][island.peer]
         assert "error" not in await gateway("echo", peer=island.peer, bytes=100_000)
         state = await gateway.until(lambda s: s["paths"][island.peer] == ["direct"])
-        assert state["remote"][island.peer].startswith("5.6.7.")
+        host, _, port = state["remote"][island.peer].rpartition(":")
+        assert host.startswith("5.6.7.")
+        assert 20000 <= int(port) <= 30000
         assert "error" not in await gateway("echo", peer=island.peer, bytes=1_000_000)
         state = await island("status")
         assert state["paths"][gateway.peer] == ["direct"]
