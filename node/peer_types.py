@@ -61,8 +61,9 @@ class PeersConfig:
     """Links that others opened and that nobody here needs. Beyond it the one unused for longest makes room,
     or, if all are in use, the newcomer is refused."""
 
-    reach_ns: int = 4 * SECOND_NS
-    """One address of a peer gets this long when it is dialled on demand: TCP, noise, the stream, hello."""
+    reach_ns: int = 8 * SECOND_NS
+    """One address of a peer gets this long when it is dialled on demand: TCP, noise, the stream, hello. Who has
+    something to send gives up sooner by itself; a busy machine may take seconds."""
 
     failed_first_ns: int = 2 * SECOND_NS
     """An address that failed is not dialled on demand again for this long, doubling to `failed_max_ns`."""
