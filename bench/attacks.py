@@ -169,13 +169,12 @@ def sleeper(net: Network, machine: Machine) -> Iterator[None]:
 
 
 def now_and_then(net: Network, machine: Machine) -> Iterator[None]:
-    """One job in fifty is junk, for ever; a new name when that no longer pays."""
-    island, earned = net.identity(), False
+    """One job in fifty is junk; a new name when caught."""
+    island = net.identity()
     while True:
         ready = POLICY.monetizable(min(net.points_mpt(0, island), net.points_mpt(1, island)))
-        earned = earned or ready
         if work(net, machine, island, JOBS_PER_HOUR, 2 if ready else 0):
-            island, earned = net.identity(), False
+            island = net.identity()
         yield
 
 
