@@ -57,7 +57,7 @@ class ConnectionSettings(Section, frozen=True, kw_only=True):
     """
 
     kept: Annotated[int, Meta(ge=0, le=100_000)] = 0
-    setup_rtts: Annotated[int, Meta(ge=0, le=100)] = 4
+    setup_rtts: Annotated[int, Meta(ge=0, le=100)] = 6
     dial_timeout_s: Seconds = 5.0
     heartbeat_timeout_s: Seconds = 4.0
     punch_share: Share = 0.7

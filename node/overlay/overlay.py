@@ -58,7 +58,7 @@ from protocol.limits import MAX_ADDRESSES
 
 #: Making a connection takes a TCP, a noise, three protocol negotiations and a hello: so many round trips, and
 #: some ms of CPU at both ends, on top of what an answer takes.
-CONNECT_RTTS: Final = 5
+CONNECT_RTTS: Final = 6
 CONNECT_ALLOWANCE_NS: Final = 100 * MILLISECOND_NS
 
 #: What a node wants besides the defaults: messages wait for connections, so an answer's delay is no round trip.
@@ -348,16 +348,14 @@ class Overlay:
 
     async def _find(self, make: Callable[[int], DhtCommand]) -> Lookup:
         async with self._orders:
-            found = await self.driver.ask(make)
+            answer = await self.driver.ask(make)
+        found = answer.event
         assert isinstance(found, Found)  # noqa: S101 - the machine ends a lookup with `Found`
-        name = self.book.peer_of
-        return Lookup(
-            tuple(map(name, found.closest)), found.records, tuple(map(name, found.providers)), found.cost
-        )
+        return Lookup(answer.closest, found.records, answer.providers, found.cost)
 
     async def _store(self, make: Callable[[int], DhtCommand]) -> Stored:
         async with self._orders:
-            stored = await self.driver.ask(make)
+            stored = (await self.driver.ask(make)).event
         assert isinstance(stored, Stored)  # noqa: S101 - the machine ends what stores with `Stored`
         return stored
 
