@@ -71,10 +71,19 @@ class DriverCounters:
     unreachable: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The end of an order. `closest` and `providers` of a `Found` by name: numbers may be given up later."""
+
+    event: Found | Stored
+    closest: tuple[PeerId, ...] = ()
+    providers: tuple[PeerId, ...] = ()
+
+
 @dataclass(slots=True)
 class _Waiter:
     done: trio.Event = field(default_factory=trio.Event)
-    result: Found | Stored | None = None
+    answer: Answer | None = None
 
 
 class DhtDriver:
@@ -117,7 +126,7 @@ class DhtDriver:
         """Tell the machine what a user wants."""
         self._drive(Ordered(command))
 
-    async def ask(self, make: Callable[[int], DhtCommand]) -> Found | Stored:
+    async def ask(self, make: Callable[[int], DhtCommand]) -> Answer:
         """Order what `make(ticket)` says, wait for its end. Cancelled, the machine drops it."""
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         waiter = self._waiters[ticket] = _Waiter()
@@ -126,10 +135,10 @@ class DhtDriver:
             await waiter.done.wait()
         finally:
             del self._waiters[ticket]
-            if waiter.result is None:
+            if waiter.answer is None:
                 self._drive(Ordered(Cancel(ticket)))
-        assert waiter.result is not None  # noqa: S101 - `done` is set with it
-        return waiter.result
+        assert waiter.answer is not None  # noqa: S101 - `done` is set with it
+        return waiter.answer
 
     def order_unattended(self, make: Callable[[int], DhtCommand]) -> None:
         """Order what `make(ticket)` says; nobody waits for its end."""
@@ -166,8 +175,10 @@ class DhtDriver:
     # --- the machine --------------------------------------------------------------------------------
 
     def _drive(self, what: DhtInput) -> None:
+        if self.closed:
+            return
         self._inbox.append(what)
-        if self._driving or self.closed:
+        if self._driving:
             return
         self._driving = True
         try:
@@ -176,7 +187,7 @@ class DhtDriver:
                     self._apply(effect)
         finally:
             self._driving = False
-        self._set_alarm()
+            self._set_alarm()
 
     def _apply(self, effect: DhtEffect) -> None:
         match effect:
@@ -193,7 +204,7 @@ class DhtDriver:
 
     def _set_alarm(self) -> None:
         wake = self.machine.next_wake()
-        # One nanosecond more than asked for: a float must not round to a moment before.
+        # A microsecond more than asked for: a float must not round to a moment before.
         self._alarm.deadline = trio.current_time() + 3600 if wake is None else (wake + 1000) / SECOND_NS
 
     def _tell(self, event: DhtEvent) -> None:
@@ -205,8 +216,14 @@ class DhtDriver:
             case Found() | Stored():
                 waiter = self._waiters.get(event.ticket)
                 if waiter is not None:
-                    waiter.result = event
+                    waiter.answer = self._named(event)
                     waiter.done.set()
+
+    def _named(self, event: Found | Stored) -> Answer:
+        if isinstance(event, Stored):
+            return Answer(event)
+        name = self._book.peer_of
+        return Answer(event, tuple(map(name, event.closest)), tuple(map(name, event.providers)))
 
     # --- sending ------------------------------------------------------------------------------------
 
@@ -280,8 +297,7 @@ class DhtDriver:
     def _take(self, peer: PeerId, wire: WireMessage) -> None:
         """A notice came. Raises ProtocolError, which the link counts."""
         number = self._book.number_of(peer)
-        remote = self._host.remote_of(peer)
-        narrowest = Scope.WORLD if remote is None else scope_of_remote(remote)
+        narrowest = self._scope_of(peer)
 
         def intern(contact: Contact) -> int | None:
             return self._book.intern_untrusted(contact.peer, contact.addresses, narrowest)
@@ -309,11 +325,18 @@ class DhtDriver:
             return
         remote = self._host.remote_of(peer)
         if remote is not None:
-            told = self._book.own_word_untrusted(number, event.hello.addresses, scope_of_remote(remote))
+            told = self._book.own_word_untrusted(number, event.hello.addresses, self._scope_of(peer))
             for address in told:
                 self._peers.forgive(address)
             if not isinstance(event, PeerChanged):
                 self._book.met(number, remote)
+
+    def _scope_of(self, peer: PeerId) -> Scope:
+        """From where the peer speaks to us; of a relayed one, from where its relay does."""
+        paths = self._host.paths(peer)
+        relay = paths[0].relay if paths and all(path.relay for path in paths) else None
+        remote = self._host.remote_of(relay or peer)
+        return Scope.WORLD if remote is None else scope_of_remote(remote)
 
     def _probe(self, number: int) -> None:
         """A link broke: has the peer gone, or only the link? Dialling it tells, sooner than a ping's

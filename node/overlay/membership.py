@@ -84,6 +84,10 @@ class Membership:
             self._overlay.provide_again()
         return contacts
 
+    def references(self) -> set[int]:
+        """Ways in that must stay in the address book."""
+        return {*self._bootstrap, *self._cached}
+
     def note_change(self) -> None:
         """What our peer record says has changed."""
         self._changed.set()

@@ -176,7 +176,7 @@ class Overlay:
         self.driver: Final = DhtDriver(
             host, peers, book=self.book, machine=machine, files=files, nursery=nursery
         )
-        self.book.in_use = self.driver.references
+        self.book.in_use = lambda: self.driver.references() | self.membership.references()
         self.membership: Final = Membership(self, host, peers, files, config.bootstrap)
         self.announce(host.addresses)
 
