@@ -130,7 +130,7 @@ class Upkeep:
             self.ping(peer)
             return
         if self._thirds:
-            if (place := table.unverified()) >= 0:
+            if (place := table.unverified(core.vivaldi.packed)) >= 0:
                 self.ping(table.peers[place])
                 return
             if (peer := table.promising(core.vivaldi.packed)) is not None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dht.candidates import Candidates
+from dht.columns import Columns
 from dht.coordinates import pack
 from dht.policy import DhtPolicy
 from dht.table import SUSPECT, TICK_BITS, VERIFIED, Failure, RoutingTable
@@ -219,7 +220,7 @@ def test_a_table_is_small() -> None:
         for _ in range(8):
             table.heard_of(book.in_bucket(bucket), 1, at_ms(5), OWN, self_said=False)
     assert len(table) == 280
-    columns = [getattr(table, name) for name in RoutingTable.__slots__]
+    columns = [getattr(table, name) for name in (*Columns.__slots__, *RoutingTable.__slots__)]
     columns += [getattr(table._candidates, name) for name in Candidates.__slots__]
     size = sum(c.__sizeof__() for c in columns if isinstance(c, array | bytearray))
     assert size <= 10 * 1024
