@@ -49,13 +49,15 @@ _ROOT: Final = Path(__file__).parents[2]
 
 
 class Spawner:
-    """The process that forks nodes (bench.networks.spawner). They all die with it. `niceness`: theirs."""
+    """The process that forks nodes (bench.networks.spawner). They all die with it. `before`: a command that
+    runs it, such as ("chrt", "--rr", "1"); its nodes inherit what that changes.
+    """
 
-    def __init__(self, niceness: int = 0) -> None:
+    def __init__(self, before: Sequence[str] = ()) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("ARCHI_")}
         environment["PYTHONWARNINGS"] = "default"
         self._process = subprocess.Popen(
-            ["nice", "-n", str(niceness), sys.executable, "-m", "bench.networks.spawner"],
+            [*before, sys.executable, "-m", "bench.networks.spawner"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
