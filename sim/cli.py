@@ -255,7 +255,9 @@ def _list(arguments: argparse.Namespace) -> int:  # noqa: ARG001 - it has none
     for file in files:
         scenario = Scenario.load(file)
         nodes = scenario.variants[0][1].world.nodes
-        print(f"{file.stem:<{wide}}  {scenario.title}  ({nodes} nodes, {len(scenario.variants)} variants)")
+        count = len(scenario.variants)
+        variants = "1 variant" if count == 1 else f"{count} variants"
+        print(f"{file.stem:<{wide}}  {scenario.title}  ({nodes} nodes, {variants})")
     return 0
 
 
