@@ -19,7 +19,7 @@ GOAL = 0.25
 NOISE = 0.01
 
 #: Lookups per second in all of the network. They do not meet: links are as wide as need be.
-RATE = 50
+RATE = 20
 
 _SHOWN = (
     ("lookup latency p50", "p50 ms"),
@@ -55,7 +55,7 @@ def _network(seed: int, arguments: argparse.Namespace) -> bool:
     changes: dict[str, object] = {
         "world.duration_s": arguments.lookups / RATE,
         "arrivals.per_s": RATE,
-        "dht.settle_s": 10,
+        "dht.settle_s": 30,
     }
     if arguments.joined:
         changes |= {"dht.bootstrap": "join", "dht.settle_s": arguments.live}
