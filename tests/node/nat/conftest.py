@@ -60,7 +60,7 @@ def why_not() -> str | None:
     """Why namespaces can not be had here."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    for tool, package in (("ip", "iproute2"), ("nft", "nftables")):
+    for tool, package in (("ip", "iproute2"), ("nft", "nftables"), ("sysctl", "procps")):
         if shutil.which(tool) is None:
             return f"{tool} is missing (Debian: apt-get install {package})"
     probe = f"{PREFIX}-{os.getpid()}-probe"
