@@ -12,6 +12,7 @@ import gc
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Final, Literal, NoReturn
 
@@ -83,7 +84,7 @@ def _become(order: Order, parent: int) -> NoReturn:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException as error:  # noqa: BLE001 - the outermost boundary: a fork must not return into `main`
         with Path(order.err).open("a", encoding="utf-8") as file:
-            file.write(f"{type(error).__name__}: {error}\n")
+            traceback.print_exception(error, file=file)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
