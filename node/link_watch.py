@@ -29,6 +29,9 @@ _LOOKS: Final = 4
 _FINISH_S: Final = 10.0
 _FINISH_LOOK_S: Final = 0.1
 
+#: Whoever hears a goodbye ends the link within this time, or we do.
+PART_S: Final = 2.0
+
 _log = structlog.get_logger("peers")
 
 
@@ -117,6 +120,10 @@ class LinkWatch:
         config = self._config
         for peer, known in tuple(self._known.items()):
             link = known.link
+            if known.leaving:
+                if now - known.parted_at > PART_S:
+                    link.close("not used")
+                continue
             unused = now - link.used_at
             needed = self.protected(peer)
             if needed and unused > config.idle_ns / SECOND_NS / 4:
@@ -129,8 +136,7 @@ class LinkWatch:
             known.lively = False
             limit = config.idle_ns if known.ours else config.idle_ns + config.idle_grace_ns
             if unused > limit / SECOND_NS:
-                known.part("not used")
-                await self._host.disconnect(peer, "not used")
+                known.part(now)
                 continue
             used = unused < config.quiet_after_ns / SECOND_NS
             rest_ns = config.quiet_after_ns if used else config.quiet_heartbeat_ns

@@ -134,9 +134,9 @@ class Known:
     judged_from: float
     pinged_at: float
     leaving: bool = False
+    parted_at: float = 0.0
 
-    def part(self, reason: str) -> None:
-        """End the link in order: the other side hears that nothing is wrong with us."""
-        self.leaving = True
+    def part(self, now: float) -> None:
+        """Say goodbye: the other side ends the link then, and knows that nothing is wrong with us."""
+        self.leaving, self.parted_at = True, now
         self.link.notify(METHOD_BYE, Accepted())
-        self.link.close(reason)

@@ -17,15 +17,14 @@ nobody uses them (node/link_watch.py).
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import structlog
 import trio
 
+from node.keep import Keeper
 from node.link_watch import LinkWatch, finish_link
 from node.p2p import Host, HostEvent, PeerDirect, Stream, StreamBroken, Unreachable, parse_peer_address
 from node.p2p.errors import AddressInvalid
@@ -55,23 +54,7 @@ __all__ = [
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 
-#: A first failure or two are usual when both sides start together.
-FAILURES_TO_TELL: Final = 3
-
 _log = structlog.get_logger("peers")
-
-
-@dataclass(slots=True)
-class _Kept:
-    """An address to stay connected to."""
-
-    address: str
-    peer: PeerId
-    scope: trio.CancelScope
-    release: Callable[[], None]
-    state: PeerState = "connecting"
-    detail: str = ""
-    last_seen: Instant | None = None
 
 
 @asynccontextmanager
@@ -112,7 +95,6 @@ class Peers:
         self._opening: dict[PeerId, RpcLink] = {}  # those of them that said hello
         self._dialling: dict[PeerId, int] = {}  # our own links under way
         self._links: set[RpcLink] = set()
-        self._kept: dict[str, _Kept] = {}
         self._subscribers: list[Callable[[PeerEvent], None]] = []
         self._listeners: list[Callable[[PeerId, int], None]] = []
         self._closed = False
@@ -120,6 +102,7 @@ class Peers:
         self._reacher = Reacher(
             self._open_link, self._known.__contains__, self._host_connected, nursery, config
         )
+        self._keeper = Keeper(self._known, self._open_link, self.pin, nursery, config=config, dice=dice)
         self.serve(METHOD_HELLO, HELLO, self._greet_again)
         self.serve_notice(METHOD_BYE, ACCEPTED, self._take_bye)
         self.serve_notice(METHOD_STAY, ACCEPTED, self._take_stay)
@@ -216,20 +199,14 @@ class Peers:
 
         Raises AddressInvalid.
         """
-        if address in self._kept:
-            return
         _, peer = parse_peer_address(address)
         if peer == self._host.peer:
             raise AddressInvalid(f"{address!r} is this node itself")
-        kept = self._kept[address] = _Kept(address, peer, trio.CancelScope(), self.pin(peer))
-        self._nursery.start_soon(self._keep, kept)
+        self._keeper.keep(address, peer)
 
     def forget(self, address: str) -> None:
         """Dial it no more. A link that is up stays as long as it is used. Idempotent."""
-        kept = self._kept.pop(address, None)
-        if kept is not None:
-            kept.scope.cancel()
-            kept.release()
+        self._keeper.forget(address)
 
     # --- calling --------------------------------------------------------------------------------
 
@@ -282,7 +259,7 @@ class Peers:
 
     def table(self) -> tuple[PeerView, ...]:
         """All peers: those with a link, then kept addresses without one."""
-        addresses = {kept.peer: kept.address for kept in self._kept.values()}
+        addresses = {kept.peer: kept.address for kept in self._keeper.kept()}
         rows = [
             PeerView(
                 peer=peer,
@@ -297,7 +274,7 @@ class Peers:
         ]
         rows += [
             PeerView(kept.peer, "", (), kept.address, kept.state, None, kept.last_seen, kept.detail)
-            for kept in self._kept.values()
+            for kept in self._keeper.kept()
             if kept.peer not in self._known
         ]
         return tuple(rows)
@@ -358,10 +335,12 @@ class Peers:
             await link.run()
         finally:
             self._links.discard(link)
-            self._drop(link)
+            orderly = self._drop(link)
         if link.violated:
             _log.warning("disconnected", peer=link.peer, reason=link.reason)
             await self._host.disconnect(link.peer, link.reason)
+        elif orderly and not self.watch.protected(link.peer) and not self._host.streams_of(link.peer):
+            await self._host.disconnect(link.peer, "not used")
 
     def _adopt(self, link: RpcLink, hello: Hello, *, ours: bool) -> bool:
         """Make this the peer's link, unless another one has the better right. See the module's head."""
@@ -413,14 +392,16 @@ class Peers:
         except (Unreachable, CallFailed, PeerUnreachable, StreamBroken, trio.TooSlowError) as error:
             _log.debug("link stays relayed", peer=peer, reason=str(error))
 
-    def _drop(self, link: RpcLink) -> None:
+    def _drop(self, link: RpcLink) -> bool:
+        """The link is gone. Whether that was agreed."""
         known = self._known.get(link.peer)
         if known is None or known.link is not link:
-            return
+            return False
         del self._known[link.peer]
         level = self._level(link.peer)
         _log.log(level, "peer down", peer=link.peer, name=known.hello.name, reason=link.reason)
         self._publish(PeerDown(link.peer, link.reason, orderly=known.leaving))
+        return known.leaving
 
     def _make_room(self, peer: PeerId, *, ours: bool) -> None:
         """Bound the links that nobody needs. Raises Refused if there is no room for this one."""
@@ -431,7 +412,7 @@ class Peers:
         except BlockingIOError:
             raise Refused("busy", "as many links are in use as are allowed") from None
         if leaver is not None:
-            self._known[leaver].part("others need the room")
+            self._known[leaver].part(trio.current_time())
 
     def _level(self, peer: PeerId) -> int:
         """Links that come and go as lookups need them are nobody's news."""
@@ -467,6 +448,7 @@ class Peers:
         known = self._known.get(peer)
         if known is not None:
             known.leaving = True
+            known.link.close("the peer needs the link no more")
 
     def _take_stay(self, peer: PeerId, _: Accepted) -> None:
         """The peer needs the link: that this came is use of it (`RpcLink.used_at`)."""
@@ -480,56 +462,6 @@ class Peers:
     def _publish(self, event: PeerEvent) -> None:
         for callback in tuple(self._subscribers):
             callback(event)
-
-    # --- tasks ----------------------------------------------------------------------------------
-
-    async def _keep(self, kept: _Kept) -> None:
-        """Dial, wait for the end of the link, wait a little, dial again."""
-        failures = 0
-        with kept.scope:
-            while True:
-                kept.state = "connecting"
-                began = trio.current_time()
-                try:
-                    with trio.fail_after(self._config.connect_ns / SECOND_NS):
-                        link = await self._link_to(kept)
-                except (Unreachable, CallFailed, PeerUnreachable, StreamBroken) as error:
-                    kept.detail = str(error)
-                except trio.TooSlowError:
-                    kept.detail = "no answer in time"
-                else:
-                    kept.state, kept.detail = "connected", ""
-                    began = trio.current_time()
-                    await link.ended.wait()
-                    kept.detail = link.reason
-                    if trio.current_time() - began >= self._config.steady_after_ns / SECOND_NS:
-                        failures = 0
-                    if kept.peer in self._known:
-                        continue  # replaced
-                kept.state = "waiting"
-                # Said once, when it begins; the table shows it as long as it lasts.
-                level = logging.WARNING if failures == FAILURES_TO_TELL else logging.DEBUG
-                _log.log(level, "can not reach", address=kept.address, reason=kept.detail, failures=failures)
-                await trio.sleep(self._backoff_ns(failures) / SECOND_NS)
-                failures += 1
-
-    async def _link_to(self, kept: _Kept) -> RpcLink:
-        known = self._known.get(kept.peer)
-        if known is not None:
-            return known.link
-        try:
-            return await self._open_link(kept.peer, kept.address)
-        except (CallFailed, PeerUnreachable):
-            known = self._known.get(kept.peer)  # the peer's own link may have won
-            if known is not None:
-                return known.link
-            raise
-
-    def _backoff_ns(self, failures: int) -> int:
-        """Exponential, with jitter between half and the whole, so that restarts do not come in herds."""
-        steps = math.ceil(math.log2(max(1, self._config.backoff_max_ns // self._config.backoff_first_ns)))
-        whole = min(self._config.backoff_max_ns, self._config.backoff_first_ns << min(failures, steps))
-        return round(whole * (0.5 + 0.5 * self._dice.unit()))
 
     def close(self) -> None:
         """For open_peers."""

@@ -158,7 +158,7 @@ async def test_backoff_grows_with_jitter_and_is_bounded() -> None:
             config = PeersConfig()
             for failures in (*range(12), 1000):
                 whole = min(config.backoff_max_ns, config.backoff_first_ns * 2**failures)
-                draws = [peers._backoff_ns(failures) for _ in range(20)]
+                draws = [peers._keeper.backoff_ns(failures) for _ in range(20)]
                 assert all(whole // 2 - 1 <= draw <= whole for draw in draws)
                 assert len(set(draws)) > 10
             assert math.isclose(config.backoff_max_ns, 30e9)
