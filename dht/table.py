@@ -294,7 +294,7 @@ class RoutingTable(Columns):
                 return peer, coordinate
         return None
 
-    def promising(self, own: int) -> int | None:
+    def promising(self, own: int, *, far: bool = True) -> int | None:
         """Remove and give a candidate worth a ping: one that would take a place if it proves itself. Buckets
         come in turn.
         """
@@ -302,10 +302,10 @@ class RoutingTable(Columns):
         buckets = min(candidates.buckets, len(self.starts) - 1)
         for _ in range(buckets):
             self._turn = (self._turn + 1) % buckets
-            far = self.is_far(self._turn)
-            if far and not self._policy.rtt_aware:
+            is_far = self.is_far(self._turn)
+            if is_far and not (far and self._policy.rtt_aware):
                 continue
-            limit = self._swap_limit(self._turn, own) if far else 0
+            limit = self._swap_limit(self._turn, own) if is_far else 0
             held = sorted(
                 (self._estimate_us(place, own), slot, peer) for slot, peer, place in candidates.of(self._turn)
             )

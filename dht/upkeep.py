@@ -126,19 +126,21 @@ class Upkeep:
         core = self._core
         table = core.table
         self._thirds = (self._thirds + 1) % 3
-        if self._thirds == 2 and (peer := table.promising(core.vivaldi.packed)) is not None:
-            self.ping(peer)
-            return
+        own = core.vivaldi.packed
+        stalest = table.stalest()
+        stale = stalest >= 0 and table.checked[stalest] << TICK_BITS <= now - core.policy.fresh_ns
         if self._thirds:
-            if (place := table.unverified(core.vivaldi.packed)) >= 0:
-                self.ping(table.peers[place])
+            # A nearer peer for a far bucket is worth a ping that would go out anyway, not one more.
+            candidate = table.promising(own, far=stale) if self._thirds == 2 else None
+            if candidate is None and (place := table.unverified(own)) >= 0:
+                candidate = table.peers[place]
+            if candidate is None and self._thirds == 1:
+                candidate = table.promising(own, far=stale)
+            if candidate is not None:
+                self.ping(candidate)
                 return
-            if (peer := table.promising(core.vivaldi.packed)) is not None:
-                self.ping(peer)
-                return
-        place = table.stalest()
-        if place >= 0 and table.checked[place] << TICK_BITS <= now - core.policy.fresh_ns:
-            self.ping(table.peers[place])
+        if stale:
+            self.ping(table.peers[stalest])
 
     def ping(self, peer: int, *, patience: int = 1) -> None:
         core = self._core
