@@ -251,7 +251,9 @@ class CoordinatorService:
 
     def _take_item(self, body: object) -> None:
         if isinstance(body, Statement):
-            self.karma.learn(cast("Statement[PeerId]", body))
+            statement = cast("Statement[PeerId]", body)
+            if self.karma.learn(statement):
+                self._witness.restore((statement,))
         elif isinstance(body, Envelope):
             self.driver.order(LearnCoordinator(body))
             for taker in self._summary_takers:

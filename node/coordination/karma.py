@@ -1,7 +1,7 @@
 """The karma that a coordinator states and holds: signed, spread, kept across restarts, put into the DHT.
 
-What this node stated itself is kept on disk: a coordinator that forgot its counts and began at zero would
-contradict itself, which others take for a lie (routing/karma_witness.py).
+What this node stated itself is kept on disk, and what it forgot may come back by gossip: its counts must
+not begin at zero again (routing/karma_witness.py).
 """
 
 from __future__ import annotations
@@ -122,9 +122,10 @@ class KarmaKeeper:
             self._unpublished[statement.subject] = None
             self._dirty = True
 
-    def learn(self, statement: Statement[PeerId]) -> None:
-        """A statement came by gossip, verified."""
+    def learn(self, statement: Statement[PeerId]) -> bool:
+        """A statement came by gossip, verified. Whether it is our own, from before a loss of memory."""
         self.store.merge(statement, self.epoch())
+        return statement.issuer == self._signer.peer
 
     def epoch(self) -> int:
         return self.policy.epoch_at(self._overlay.unix_now())
