@@ -50,7 +50,7 @@ _ROOT: Final = Path(__file__).parents[2]
 
 class Spawner:
     """The process that forks nodes (bench.networks.spawner). They all die with it. `before`: a command that
-    runs it, such as ("chrt", "--rr", "1"); its nodes inherit what that changes.
+    runs it, such as ("nice", "-n", "-10"); its nodes inherit what that changes.
     """
 
     def __init__(self, before: Sequence[str] = ()) -> None:
