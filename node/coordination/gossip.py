@@ -33,6 +33,7 @@ from routing.gossip_messages import (
     Learnt,
     Opener,
     Publish,
+    Refused,
     RemovePeer,
     Thin,
 )
@@ -108,6 +109,8 @@ class GossipService:
             case Expelled(peer, fault, detail):
                 _log.warning("neighbour expelled", peer=peer, fault=str(fault), detail=detail)
                 self._release(peer)
+            case Refused(item, fault, detail):  # an item of our own: a clock far off, or a bug of ours
+                _log.error("own item refused", kind=item.kind, fault=str(fault), detail=detail)
             case Thin():
                 self._lonely.set()
 
