@@ -90,12 +90,8 @@ CHARTS: Final[tuple[Spec, ...]] = (
         "Placement regret", "jobs", "regret_s", "s", "Beyond the best that one who knew all could have chosen."
     ),
     _Cdf("Price per job", "jobs", "price_ucr", "micro-credits", "At the Islands' asking prices."),
-    _Lines(
-        "Karma",
-        "karma:",
-        "points, median",
-        "In the eyes of the honest coordinators; +10 is the threshold for pay.",
-    ),
+    _Lines("Karma of attackers", "karma: attackers", "points, median", "By honest coordinators; +10 is paid."),
+    _Lines("Karma of the honest", "karma: honest", "points, median", "By honest coordinators; +10 is paid."),
     _Bars(
         "What attacking pays",
         "hours' prices",
@@ -159,8 +155,11 @@ def _lines(spec: _Lines, recorders: Sequence[Recorder]) -> str | None:
                 rest = name.removeprefix(spec.series).strip(" :")
                 label = f"{recorder.variant}, {rest}" if rest else recorder.variant
                 curves.append(svg.Curve(label, points))
-    if not any(value for curve in curves for _, value in curve.points):
+    values = [value for curve in curves for _, value in curve.points]
+    if not any(values):
         return None  # all zero: what this would show did not happen
-    return svg.lines(
-        svg.Axis("time since the measuring began (s)", low=0.0), svg.Axis(spec.unit, low=0.0), curves
-    )
+    last = max(at for curve in curves for at, _ in curve.points)
+    scale, unit = next((scale, unit) for least, scale, unit in _TIMES if last >= least)
+    scaled = [svg.Curve(curve.name, [(at / scale, value) for at, value in curve.points]) for curve in curves]
+    y = svg.Axis(spec.unit, low=0.0 if min(values) >= 0.0 else None)
+    return svg.lines(svg.Axis(f"time since the measuring began ({unit})", low=0.0), y, scaled)

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 _STYLE: Final = """
 :root { color-scheme: light dark; --ink: #1b2330; --soft: #5b6675; --line: #d9dee5; --paper: #ffffff; --card:
 #f6f8fa;
-  --good: #0a7d4f; --c0: #0b6bcb; --c1: #d9480f; --c2: #12805c; --c3: #9c36b5; --c4: #b08900; --c5: #c2255c; }
+  --good: #0a7d4f; --c0: #0b6bcb; --c1: #d9480f; --c2: #12805c; --c3: #9c36b5; --c4: #b08900; --c5: #c2255c;
+  --c6: #5f3dc4; --c7: #495057; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8ecf1; --soft: #9aa7b6; --line: #333d4a; --paper: #12171e; --card: #1a212a;
-    --good: #4cc38a; --c0: #5eb0ff; --c1: #ff9f5a; --c2: #4cc9a0; --c3: #d58bf0; --c4: #e6c34a; --c5: #ff7fa8; }
-    }
+    --good: #4cc38a; --c0: #5eb0ff; --c1: #ff9f5a; --c2: #4cc9a0; --c3: #d58bf0; --c4: #e6c34a; --c5: #ff7fa8;
+    --c6: #a99bff; --c7: #adb5bd; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1460px; padding: 2rem 1.25rem 4rem; background: var(--paper); color:
 var(--ink);
@@ -51,6 +52,9 @@ details { margin-top: .8rem; } summary { cursor: pointer; color: var(--soft); }
 .warn { border-left: 3px solid var(--c1); padding: .2rem .8rem; }
 @media print { figure { break-inside: avoid; } }
 """
+
+#: Variants up to which each has a column of ratios to the first; more do not fit a page.
+MAX_RATIOS: Final = 4
 
 
 def render_report(result: Result) -> str:
@@ -102,13 +106,16 @@ def _metrics(recorders: Sequence[Recorder]) -> str:
     names = list(dict.fromkeys(name for recorder in recorders for name in recorder.metrics))
     several = len(recorders) > 1
     heads = "".join(f"<th>{escape(r.variant)}</th>" for r in recorders)
-    ratio = "".join(f"<th>{escape(r.variant)} / {escape(recorders[0].variant)}</th>" for r in recorders[1:])
+    compared = recorders[1:] if len(recorders) <= MAX_RATIOS else recorders[:0]
+    ratio = "".join(f"<th>{escape(r.variant)} / {escape(recorders[0].variant)}</th>" for r in compared)
     rows: list[str] = []
     for name in names:
         metrics = [recorder.metrics.get(name) for recorder in recorders]
         best = _best(metrics) if several else None
         cells = "".join(_cell(metric, best) for metric in metrics)
-        ratios = "".join(f"<td>{ratio_text(metrics[0], metric)}</td>" for metric in metrics[1:])
+        ratios = "".join(
+            f"<td>{ratio_text(metrics[0], metric)}</td>" for metric in metrics[1 : len(compared) + 1]
+        )
         unit = next(metric.unit for metric in metrics if metric is not None)
         rows.append(f'<tr><td>{escape(name)}</td>{cells}{ratios}<td class="unit">{escape(unit)}</td></tr>')
     head = f"<tr><th></th>{heads}{ratio}<th></th></tr>"

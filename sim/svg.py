@@ -20,7 +20,7 @@ TOP: Final = 14
 BOTTOM: Final = 46
 
 #: Colours there are. Each curve has a dash of its own, too, so that one that lies on another does not hide it.
-COLOURS: Final = 6
+COLOURS: Final = 8
 DASHES: Final = ("", "7 4", "2 3", "9 3 2 3")
 
 #: Points drawn of one curve: more than pixels across only make the file large.
@@ -99,8 +99,9 @@ def bars(y: Axis, groups: Sequence[str], values: Sequence[tuple[str, Sequence[fl
     known = [v for _, row in values for v in row if not math.isnan(v)]
     if not known:
         return '<p class="none">nothing happened</p>'
-    fixed = Axis(y.label, y.low if y.low is not None else min(0.0, *known), y.high)
-    scale_y = _Scale(fixed, known, HEIGHT - BOTTOM, TOP)
+    low = y.low if y.low is not None or min(known) < 0.0 else 0.0
+    fixed = Axis(y.label, low, y.high)
+    scale_y = _Scale(fixed, [*known, 0.0], HEIGHT - BOTTOM, TOP)
     span = (WIDTH - LEFT - RIGHT) / max(1, len(groups))
     wide = min(56.0, span * 0.8 / max(1, len(values)))
     body = [_y_axis(fixed, scale_y)]
