@@ -124,6 +124,9 @@ class Nat:
         self._own = OwnAddresses(host)
         self._verdicts = Verdicts(config.confirmations)
         self._mute: set[PeerId] = set()  # connected peers that do not answer AutoNAT
+        # Asked, but said nothing of use (too busy, a broken connection): not new any more, or they would be
+        # asked again at once, for ever.
+        self._reticent: set[PeerId] = set()
         self._wake = trio.lowlevel.ParkingLot()
         self._subscribers: list[Callable[[NatEvent], None]] = []
         self._belief_changed = trio.lowlevel.ParkingLot()
@@ -187,6 +190,7 @@ class Nat:
                 self._wake.unpark_all()
         elif isinstance(event, PeerDisconnected):
             self._mute.discard(event.peer)
+            self._reticent.discard(event.peer)
             self._was_unplugged = not self._host.connected()
         elif isinstance(event, PeerDirect):
             self._nursery.start_soon(self._host.retire_relayed, event.peer, self._config.retire_s)
@@ -240,7 +244,7 @@ class Nat:
     async def _ask_round(self, *, again: bool) -> bool:
         """Ask some servers that have not been asked; else, if `again`, some others. False: there are none."""
         servers = self._servers()
-        fresh = [server for server in servers if not self._verdicts.heard(server)]
+        fresh = [s for s in servers if not self._verdicts.heard(s) and s not in self._reticent]
         chosen = self._dice.sample(fresh or (servers if again else ()), self._config.confirmations)
         async with trio.open_nursery() as nursery:
             for server in chosen:
@@ -256,7 +260,9 @@ class Nat:
             met_at = await ask_to_be_dialled(self._host, server, self._own.candidates())
         except Unreachable as error:
             _log.debug("no answer on reachability", server=server, reason=error.reason)
+            self._reticent.add(server)
             return
+        self._reticent.discard(server)
         before = self._verdicts.met_at
         if self._verdicts.record(server, met_at, available=len(self._servers())):
             self._learned()
