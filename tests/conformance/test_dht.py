@@ -30,7 +30,7 @@ async def test_lookups_find_the_closest_of_all(scenario: Any, keys: Keys) -> Non
             if lacking := scenario.missing(asker, key, found):
                 missing += lacking
                 assert await scenario.still_missing(asker, key) == 0
-    assert missing <= 0.03 * lookups * scenario.k
+    assert missing <= 0.05 * lookups * scenario.k
 
 
 async def test_records_are_found_from_everywhere_and_the_newest_stands(scenario: Any) -> None:
