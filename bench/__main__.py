@@ -18,6 +18,7 @@ BENCHMARKS = {
     "validation": "the simulator against 30 real nodes: the same lookups, p50 and p90 of both",
     "dht": "45 real peers, 90 lookups at once: our DHT against py-libp2p's kad_dht",
     "dht_lookup": "lookups in a simulated network: RTT-aware buckets against plain ones",
+    "sim_events": "events/s of the simulator's world against SimPy on the same toy",
     "continuation": "how often a continuation equals the undisturbed run",
 }
 
