@@ -47,10 +47,10 @@ CONNECT_ALLOWANCE_NS: Final = 100 * MILLISECOND_NS
 #: The first heartbeat on a new connection is back a round trip and this much later.
 _HEARTBEAT_NS: Final = 1 * MILLISECOND_NS
 
-#: Candidates per place that a table at rest has chosen among, by RTT: the nearest k of so many times k. Measured:
-#: live nodes among 10,000 come to a mean RTT of 44 ms in their far buckets after ten minutes (plain: 94 ms), from
-#: tables at random or half sorted alike; built tables have 51 ms with 8, 45 with 16, 42 with 32. So 16 is a
-#: network after ten minutes; after hours it is better.
+#: Candidates per place that a table at rest has chosen among, by RTT: the nearest k of so many times k.
+#: Measured: live nodes among 10,000 come to a mean RTT of 44 ms in their far buckets after ten minutes (plain:
+#: 94 ms), whether they began with random or half sorted tables; built ones have 51 ms with 8, 45 with 16, 42
+#: with 32. So 16 is a network after ten minutes; after hours it is better.
 REST_POOL: Final = 16
 
 _PLACE: Final = struct.Struct("<QQ")
