@@ -130,6 +130,7 @@ class CoordinatorService:
         self._overlay = overlay
         self._config = config
         self._listeners: list[Listener] = []
+        self._names: dict[PeerId, str] = {}  # of the Islands in the book
         self._summary_takers: list[Callable[[Envelope], None]] = []
         notary = EnvelopeNotary(signer)
         self.karma: Final = KarmaKeeper(
@@ -229,10 +230,12 @@ class CoordinatorService:
 
     def _on_event(self, event: CoordinatorEvent[PeerId]) -> None:
         match event:
-            case IslandChanged(peer=peer, advert=advert, new=True):
-                _log.info("island", name=advert.name, peer=peer, cargos=len(advert.cargos))
+            case IslandChanged(peer=peer, advert=advert, new=new):
+                self._names[peer] = advert.name
+                if new:
+                    _log.info("island", name=advert.name, peer=peer, cargos=len(advert.cargos))
             case IslandGone(peer, reason):
-                _log.info("island gone", peer=peer, reason=reason)
+                _log.info("island lost", name=self._names.pop(peer, ""), peer=peer, reason=reason)
             case SummaryMade(envelope=envelope):
                 self.gossip.publish(_summary_item(envelope))
             case StatementsDue(statements):
