@@ -73,13 +73,13 @@ class Scenario:
         return self.missing(asker, key, await self.net.find_closest(asker, key))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def spawner() -> Generator[Spawner]:
     with Spawner() as spawner:
         yield spawner
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def processes(spawner: Spawner, tmp_path_factory: pytest.TempPathFactory) -> Generator[ProcessNetwork]:
     """On loopback, shared by all scenarios: each fills up what an earlier one killed."""
     with ProcessNetwork(spawner, tmp_path_factory.mktemp("peers"), settings=node_settings()) as net:
