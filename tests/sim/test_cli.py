@@ -101,7 +101,7 @@ def test_a_broken_file_is_named(archi_sim, tmp_path):
 
 def test_ctrl_c_ends_cleanly_and_keeps_files(request, tmp_path):
     running = subprocess.Popen(
-        [sys.executable, "-m", "sim.cli", "run", "dht-churn", "--nodes", "60", "--out", str(tmp_path / "out")],
+        [sys.executable, "-m", "sim.cli", "run", "dht-churn", "--nodes", "200", "--out", str(tmp_path / "out")],
         cwd=request.config.rootpath,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

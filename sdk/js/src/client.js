@@ -24,6 +24,8 @@ const MAX_LINKS = 64
 const MAX_MET = 1000
 /** Dialling, the RPC stream and hello together. */
 const CONNECT_MS = 10_000
+/** Closing may take so long; what is open then goes with the process. */
+const CLOSE_MS = 5_000
 
 /**
  * Start a client.
@@ -182,7 +184,10 @@ export class Client {
   async close () {
     for (const { link } of this.#links.values()) link?.close()
     this.#links.clear()
-    await this.libp2p.stop()
+    let timer
+    const late = new Promise(resolve => { timer = setTimeout(resolve, CLOSE_MS) })
+    await Promise.race([this.libp2p.stop(), late]) // it can wait for ever for a connection that was being made
+    clearTimeout(timer)
   }
 
   #greeting () {
