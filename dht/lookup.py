@@ -266,10 +266,12 @@ class Lookup:
         order = path.order
         if len(order) >= WINDOW_FACTOR * self._k:
             last_distance, last = order[-1]
-            if distance > last_distance or self._info[last] & _STATE_MASK != WAITING:
+            if distance > last_distance:
                 return
             order.pop()
-            del self._info[last]
+            # Whoever was asked is remembered, so that it is not asked again: `max_queries` bounds these.
+            if self._info[last] & _STATE_MASK == WAITING:
+                del self._info[last]
         insort(order, (distance, peer))
         self._info[peer] = (
             referrer << _REFERRER_SHIFT | depth << _DEPTH_SHIFT | path_number << _PATH_SHIFT | WAITING

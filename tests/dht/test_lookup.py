@@ -250,3 +250,16 @@ def test_no_seeds_end_at_once() -> None:
     assert lookup.next_peer() is None
     assert lookup.done
     assert lookup.closest() == []
+
+
+def test_near_peers_find_room_though_those_who_answered_are_far() -> None:
+    """The window of candidates is full, and its farthest has answered: a nearer one still comes in."""
+    keys = [1000 - i for i in range(100)]  # peer i lies at distance 1000 - i from 0
+    lookup = Lookup(99, 0, [0], keys, k=2, alpha=1, beta=2)
+    assert lookup.next_peer() == 0
+    lookup.answered(0, [1, 2])
+    for named in range(3, 60, 2):
+        peer = lookup.next_peer()
+        assert peer is not None
+        lookup.answered(peer, [named, named + 1])
+    assert lookup.closest()[0] >= 58
