@@ -25,15 +25,12 @@ from protocol.work import Part
 
 ADVERT_KIND: Final = "island-advert"
 
-#: RPC methods of a coordinator (advert) and of any peer (hello; bye: I close this link for want of use; stay: I
-#: need this link).
-METHOD_ADVERT: Final = "advert"
+#: RPC methods of any peer (hello; bye: I close this link for want of use; stay: I need this link).
 METHOD_HELLO: Final = "hello"
 METHOD_BYE: Final = "bye"
 METHOD_STAY: Final = "stay"
 
-#: An advert is repeated at this interval, sooner when load changes, and dropped after ADVERT_TTL_NS.
-ADVERT_INTERVAL_NS: Final = 2 * SECOND_NS
+#: A book drops an Island that gives no sign of life for this long, unless its owner says otherwise.
 ADVERT_TTL_NS: Final = 10 * SECOND_NS
 
 #: 1 PiB: no machine has more to say.

@@ -12,6 +12,7 @@ than one is asked so that withholding needs a conspiracy.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeAlias, TypeVar
 
@@ -133,6 +134,11 @@ class Follower(Generic[P]):
             for peer, link in self._links.items()
             if (sub := link.cargos.get(cargo)) is not None and sub.served
         )
+
+    @property
+    def linked(self) -> Collection[P]:
+        """Coordinators that are followed for anything."""
+        return self._links.keys()
 
     def receive(self, now: Instant, what: Input[P, CoordinationMessage, FollowingCommand[P]]) -> Effects[P]:
         match what:

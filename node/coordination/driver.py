@@ -14,11 +14,12 @@ from typing import Final, Generic, TypeAlias, TypeVar
 import structlog
 import trio
 
+from node.overlay.driver import monotonic_now
 from node.peers import PeerDown, PeerEvent, Peers
 from node.rpc import PeerUnreachable
 from protocol.codec import Message
 from protocol.ids import PeerId
-from protocol.instants import SECOND_NS, Instant
+from protocol.instants import SECOND_NS
 from protocol.machine import (
     Disconnect,
     Effect,
@@ -50,11 +51,6 @@ Reach: TypeAlias = Callable[[PeerId], Awaitable[None]]
 """Have a link to the peer. Raises PeerUnreachable."""
 
 _log = structlog.get_logger("coordination")
-
-
-def monotonic_now() -> Instant:
-    """The clock of machines: trio's, which tests can bend."""
-    return Instant(round(trio.current_time() * SECOND_NS))
 
 
 class MachineDriver(Generic[M, C, E]):

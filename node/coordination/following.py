@@ -112,11 +112,10 @@ class FollowingService:
                     self._pins[peer] = self._peers.pin(peer)
             case CoordinatorLost(peer, reason):
                 _log.info("coordinator lost", peer=peer, reason=reason)
-                release = self._pins.pop(peer, None)
-                if release is not None:
-                    release()
             case _:
                 pass
+        for peer in [peer for peer in self._pins if peer not in self.machine.linked]:
+            self._pins.pop(peer)()  # also those that were left in peace, which is no event
         self._listener(event)
 
     async def _search(self) -> None:
