@@ -55,6 +55,10 @@ MAX_BANDWIDTH_MBPS: Final = 1 << 30
 #: Runtime types that one Island may name; there are six.
 MAX_RUNTIMES: Final = 16
 
+#: As protocol/ring.py: four times the layers of the deepest model known.
+MAX_SHARD_LAYERS: Final = 512
+
+_Nanos = Annotated[int, Meta(ge=0, lt=1 << 53)]
 _Rate = Annotated[float, Meta(ge=0, le=1e9)]
 _Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 _ShortName = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
@@ -67,13 +71,31 @@ CountryCode = Annotated[str, Meta(max_length=2)]
 """ISO 3166-1 alpha-2 in capitals, or empty: unknown."""
 
 
+class ShardRange(Part, frozen=True, gc=False, omit_defaults=True):
+    """A part of a Cargo: layers `first` to `last` (exclusive) of `layers`. With `first == last` the Island
+    holds nothing yet, but offers `room_mib` for weights and memory of sequences.
+
+    `layer_ns`: time for one row through one layer, alone; `prefill_layer_ns`: per row in a large batch; both
+    measured by the Island at start and since, and corrected by those who feed it. `vocabulary_ns`: time for
+    one row in the head, if it has the last layer.
+    """
+
+    first: Annotated[int, Meta(ge=0, le=MAX_SHARD_LAYERS)]
+    last: Annotated[int, Meta(ge=0, le=MAX_SHARD_LAYERS)]
+    layers: Annotated[int, Meta(ge=1, le=MAX_SHARD_LAYERS)]
+    room_mib: _Mib = 0
+    layer_ns: _Nanos = 0
+    prefill_layer_ns: _Nanos = 0
+    vocabulary_ns: _Nanos = 0
+
+
 class OfferedCargo(Part, frozen=True, gc=False, omit_defaults=True):
     """A Cargo that the Island runs. `name` is the manifest's (the model name that consumers use).
 
     `decode_tps`: tokens/s of one sequence alone; `prefill_tps`: prompt tokens/s; measured at start and since.
     `prompt_ask_ucr`, `output_ask_ucr`: asking prices, micro-credits per ASK_TOKENS tokens; `unit_ask_ucr`:
     per work unit, for Cargos whose work is not tokens. `memory_mib`, `vram_mib`: what it takes up here; 0:
-    unknown.
+    unknown. `shard`: the Island has only a part of it, or room for one; None: all of it.
     """
 
     digest: Annotated[str, Meta(min_length=71, max_length=71)]
@@ -93,6 +115,7 @@ class OfferedCargo(Part, frozen=True, gc=False, omit_defaults=True):
     unit_ask_ucr: _Ask = 0
     memory_mib: _Mib = 0
     vram_mib: _Mib = 0
+    shard: ShardRange | None = None
 
 
 class Hardware(Part, frozen=True, gc=False, omit_defaults=True):

@@ -35,6 +35,7 @@ from protocol.limits import (
     MAX_TOKENS_PER_FRAME,
     MAX_TOP_LOGPROBS,
 )
+from protocol.ring import MAX_STAGE_WORKS, MAX_STAGES, Chain, StageShare, StageWork
 from protocol.work import Part, TokenId, Work
 
 JOB_PROTOCOL: Final = "/archipelag/job/1.0.0"
@@ -71,7 +72,8 @@ class JobOffer(Message, frozen=True, gc=False, tag="offer"):
     """Do this. `resume` holds ids of the tokens generated so far, index 0 first.
 
     `deadline_ms`: the consumer gives up that long after this message; an Island need not start what it
-    can not finish. `granted`: tokens with an index below it may be generated at once.
+    can not finish. `granted`: tokens with an index below it may be generated at once. `chain`: the receiver
+    is the last stage of these and has the others work with it; None: it has the whole Cargo.
     """
 
     max_bytes: ClassVar[int] = MAX_OFFER_BYTES + MAX_CONTROL_BYTES
@@ -82,6 +84,7 @@ class JobOffer(Message, frozen=True, gc=False, tag="offer"):
     resume: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_CONTEXT_TOKENS)] = ()
     granted: Annotated[int, Meta(ge=1, le=MAX_CONTEXT_TOKENS + MAX_TOKEN_WINDOW)] = DEFAULT_TOKEN_WINDOW
     deadline_ms: Annotated[int, Meta(ge=1, le=86_400_000)] = 600_000
+    chain: Chain | None = None
 
 
 class JobAccept(Message, frozen=True, gc=False, tag="accept"):
@@ -144,28 +147,36 @@ class Usage(Part, frozen=True, gc=False):
 class JobDone(Message, frozen=True, gc=False, tag="done"):
     """The end. `finish`: stop, length. `tail`: text that was held back and is released now.
 
-    `receipt` is the Island's signed `Receipt`.
+    `receipt` is the Island's signed `Receipt`. `stages`: if a chain did it, what each of them did, those
+    that were lost on the way too.
     """
+
+    max_bytes: ClassVar[int] = MAX_CONTROL_BYTES + MAX_STAGE_WORKS * MAX_RECEIPT_BYTES
 
     finish: _Code
     tail: Annotated[str, Meta(max_length=MAX_TOKEN_TEXT_CHARS)]
     usage: Usage
     receipt: Envelope
+    stages: Annotated[tuple[StageWork, ...], Meta(max_length=MAX_STAGE_WORKS)] = ()
 
 
 class JobError(Message, frozen=True, gc=False, tag="error"):
-    """It went wrong here. `retryable`: another Island may succeed."""
+    """It went wrong here. `retryable`: another Island may succeed. `stages`: of a chain, those that failed."""
+
+    max_bytes: ClassVar[int] = MAX_CONTROL_BYTES + MAX_STAGE_WORKS * MAX_RECEIPT_BYTES
 
     code: _Code
     detail: _Detail = ""
     retryable: bool = True
+    stages: Annotated[tuple[StageWork, ...], Meta(max_length=MAX_STAGE_WORKS)] = ()
 
 
 class Receipt(Message, frozen=True, gc=False, tag="receipt"):
     """What an Island swears it did. Hashes are SHA-256 over little-endian 32-bit token ids.
 
     `first` is the index of the first token that this Island generated; `output_hash` covers tokens
-    0..completion_tokens-1, so that receipts of a handed-over job chain up.
+    0..completion_tokens-1, so that receipts of a handed-over job chain up. `stages`: of a chain, who had which
+    layers at the end.
     """
 
     max_bytes: ClassVar[int] = MAX_RECEIPT_BYTES
@@ -181,6 +192,7 @@ class Receipt(Message, frozen=True, gc=False, tag="receipt"):
     seed: Annotated[int, Meta(ge=0, lt=1 << 53)]
     started_unix_ns: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     finished_unix_ns: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    stages: Annotated[tuple[StageShare, ...], Meta(max_length=MAX_STAGES)] = ()
 
 
 def token_hash(ids: Sequence[int]) -> bytes:
