@@ -65,7 +65,7 @@ class StageLoad:
 @dataclass(frozen=True, slots=True)
 class Computed:
     """Rows `position` to `position + rows` of a session are in memory. `payload`: what came out, in the
-    session's dtype (empty in a head). One feed may be computed in several steps, each told as soon as it is done.
+    session's dtype (empty in a head). One feed may be computed in several steps, each told once it is done.
     """
 
     session: str
