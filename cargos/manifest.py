@@ -21,7 +21,8 @@ from msgspec import Meta
 
 from cargos.locator import MAX_SOURCE_CHARS
 from protocol.ids import CargoDigest, cargo_digest_of
-from protocol.limits import KIB, MAX_CONTEXT_TOKENS, MAX_NAME_CHARS
+from protocol.limits import KIB, MAX_CONTEXT_TOKENS, MAX_NAME_CHARS, MIB
+from protocol.ring import MAX_LAYERS
 
 SCHEMA_VERSION: Final = 1
 
@@ -46,6 +47,17 @@ MAX_FILE_NAME_CHARS: Final = 200
 MAX_SOURCES: Final = 8
 #: 4 TiB: four times the largest open weights in f16.
 MAX_FILE_BYTES: Final = 1 << 42
+#: Pieces are verified one by one: smaller ones cost more list (32 bytes each) than they save, larger ones
+#: hold up a slow line for long before anything of them counts. Powers of two between.
+MIN_PIECE_BYTES: Final = 16 * KIB
+MAX_PIECE_BYTES: Final = 4 * MIB
+#: A list of 32 MiB; a file of 4 TiB in the largest pieces.
+MAX_PIECES: Final = 1 << 20
+#: Values in a row of activations: the widest models known have 16,384 to 53,248.
+MAX_WIDTH: Final = 1 << 16
+#: Keys and values of one token in one layer: two rows of the largest width, in f16, eight times over.
+MAX_KV_BYTES: Final = 1 << 21
+MAX_ARCHITECTURE_CHARS: Final = 64
 #: 64 TiB of memory or disk, 4096 cores: beyond any volunteer's machine.
 MAX_MIB: Final = 1 << 26
 MAX_CORES: Final = 4096
@@ -77,6 +89,9 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class CargoFile(_Part, frozen=True, kw_only=True):
     """One file. `name` may have folders (`unet/model.onnx`). `role` tells the runtime what it is for;
     a runtime documents the roles it knows ('model' is the weights). `sources` are tried in order.
+
+    `piece_bytes`, `pieces_sha256`: the file in pieces of this size (the last may be shorter) can be verified
+    piece by piece; SHA-256 over the concatenated SHA-256s (32 bytes each) of the pieces. 0 and '': not known.
     """
 
     name: Annotated[str, Meta(min_length=1, max_length=MAX_FILE_NAME_CHARS)]
@@ -87,6 +102,39 @@ class CargoFile(_Part, frozen=True, kw_only=True):
         tuple[Annotated[str, Meta(max_length=MAX_SOURCE_CHARS)], ...],
         Meta(min_length=1, max_length=MAX_SOURCES),
     ]
+    piece_bytes: Annotated[int, Meta(ge=0, le=MAX_PIECE_BYTES)] = 0
+    pieces_sha256: Annotated[str, Meta(pattern=r"^(?:[0-9a-f]{64})?\Z")] = ""
+
+    @property
+    def pieces(self) -> int:
+        """How many it has; 0 if it has no piece list."""
+        return -(-self.size_bytes // self.piece_bytes) if self.piece_bytes else 0
+
+
+class Sharding(_Part, frozen=True, kw_only=True):
+    """How the layers of the model can be spread over several Islands: all that a planner needs to know of
+    the weights. A Cargo without it runs whole or not at all. Written by `archi-node cargo pieces`.
+
+    `width`: values in a row between layers. `layer_bytes`: weights of each layer. `embedding_bytes`: what the
+    stage with layer 0 holds beside its layers, `head_bytes` what the stage with the last one does (vocabulary
+    head, final norm and tokenizer; embeddings that serve as head count in both). `kv_bytes`: keys and
+    values of one token in one layer, in f16.
+    """
+
+    architecture: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_.-]*\Z", max_length=MAX_ARCHITECTURE_CHARS)]
+    layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
+    width: Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
+    layer_bytes: Annotated[
+        tuple[Annotated[int, Meta(ge=1, le=MAX_FILE_BYTES)], ...], Meta(min_length=1, max_length=MAX_LAYERS)
+    ]
+    embedding_bytes: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES)]
+    head_bytes: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES)]
+    kv_bytes: Annotated[int, Meta(ge=1, le=MAX_KV_BYTES)]
+
+    def stage_bytes(self, first: int, last: int) -> int:
+        """Weights that a stage with layers `first` to `last` (exclusive) holds in memory."""
+        ends = (self.embedding_bytes if first == 0 else 0) + (self.head_bytes if last == self.layers else 0)
+        return sum(self.layer_bytes[first:last]) + ends
 
 
 class Needs(_Part, frozen=True, kw_only=True):
@@ -146,6 +194,7 @@ class Manifest(_Part, frozen=True, kw_only=True):
     categories: _Labels = ()
     capabilities: _Labels = ()
     defaults: Defaults = Defaults()
+    sharding: Sharding | None = None
 
     @property
     def digest(self) -> CargoDigest:

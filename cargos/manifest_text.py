@@ -16,22 +16,31 @@ from cargos.manifest import (
     MAX_CHAT_TEMPLATE_CHARS,
     MAX_DECIMALS,
     MAX_DESCRIPTION_CHARS,
+    MAX_FILE_BYTES,
     MAX_FILES,
+    MAX_KV_BYTES,
+    MAX_PIECE_BYTES,
+    MAX_PIECES,
     MAX_SOURCES,
     MAX_SYSTEM_PROMPT_CHARS,
     MAX_TITLE_CHARS,
+    MAX_WIDTH,
+    MIN_PIECE_BYTES,
     SCHEMA_VERSION,
     CargoFile,
     Defaults,
     Licence,
     Manifest,
     Needs,
+    RuntimeType,
+    Sharding,
     normal_form,
 )
 from protocol.codec import excerpt
 from protocol.errors import ProtocolError
 from protocol.ids import peer_id_untrusted
 from protocol.limits import KIB, MAX_CONTEXT_TOKENS
+from protocol.ring import MAX_LAYERS
 
 Format: TypeAlias = Literal["toml", "json"]
 
@@ -52,6 +61,7 @@ _TYPES: Final[dict[str, type[msgspec.Struct]]] = {
     "needs": Needs,
     "files[]": CargoFile,
     "defaults": Defaults,
+    "sharding": Sharding,
 }
 
 _SLUG: Final = "lower-case letters, digits, '.', '_', '-', such as 'smollm2-135m'"
@@ -83,12 +93,23 @@ EXPECTED: Final[dict[str, str]] = {
     "files[].sha256": "64 lower-case hex digits (sha256sum FILE prints them)",
     "files[].sources": f"1 to {MAX_SOURCES} sources",
     "files[].sources[]": "file:PATH, https://HOST/PATH, hf:OWNER/REPO@REVISION/PATH or pypi:PKG==VERSION/PATH",
+    "files[].piece_bytes": f"a power of two between {MIN_PIECE_BYTES} and {MAX_PIECE_BYTES}, or 0",
+    "files[].pieces_sha256": "64 lower-case hex digits (archi-node cargo pieces FILE prints them)",
     "context_length": f"a whole number of tokens between 0 and {MAX_CONTEXT_TOKENS}",
     "chat_template": f"a Jinja template of 1 to {MAX_CHAT_TEMPLATE_CHARS} characters",
     "categories": _LABELS,
     "categories[]": "a word of lower-case letters, digits and '-'",
     "capabilities": _LABELS,
     "capabilities[]": "a word of lower-case letters, digits and '-'",
+    "sharding": "a table as 'archi-node cargo pieces FILE' prints it",
+    "sharding.architecture": "the model's architecture as its GGUF names it, such as 'llama'",
+    "sharding.layers": f"a whole number between 1 and {MAX_LAYERS}",
+    "sharding.width": f"a whole number of values between 1 and {MAX_WIDTH}",
+    "sharding.layer_bytes": f"one number of bytes per layer, at most {MAX_LAYERS}",
+    "sharding.layer_bytes[]": f"a whole number of bytes between 1 and {MAX_FILE_BYTES}",
+    "sharding.embedding_bytes": "a whole number of bytes",
+    "sharding.head_bytes": "a whole number of bytes",
+    "sharding.kv_bytes": f"a whole number of bytes between 1 and {MAX_KV_BYTES}",
     "defaults": "a table of sampling defaults and system_prompt",
     "defaults.system_prompt": f"text of 1 to {MAX_SYSTEM_PROMPT_CHARS} characters",
     "defaults.temperature": "a number between 0 and 2",
@@ -174,7 +195,7 @@ def _decode_json(text: str) -> object:
 def _check_keys(raw: dict[str, Any]) -> None:
     """Refuse unknown keys, with the known one that they look like."""
     _check_table_keys("", "", raw)
-    for key in ("licence", "needs", "defaults"):
+    for key in ("licence", "needs", "defaults", "sharding"):
         _check_table_keys(key, key, raw.get(key))
     files: Any = raw.get("files")
     if isinstance(files, list):
@@ -243,6 +264,8 @@ def _check_meaning(manifest: Manifest) -> None:
         labels = cast("tuple[str, ...]", getattr(manifest, name))
         if len(set(labels)) < len(labels):
             raise ManifestError(name, "a word appears twice", "Keep one of them.")
+    _check_pieces(manifest.files)
+    _check_sharding(manifest)
     _check_decimals(manifest.defaults)
     url = manifest.licence.url
     if url and not re.match(r"https?://[^\s/]+", url):
@@ -279,6 +302,45 @@ def _check_file_names(files: tuple[CargoFile, ...]) -> None:
                 raise ManifestError(
                     f"files[{index}].name", f"the folder of {file.name!r} is also a file", "Rename one."
                 )
+
+
+def _check_pieces(files: tuple[CargoFile, ...]) -> None:
+    for index, file in enumerate(files):
+        size = file.piece_bytes
+        if not size and not file.pieces_sha256:
+            continue
+        path = f"files[{index}].piece_bytes"
+        if not size or not file.pieces_sha256:
+            raise ManifestError(
+                path, "piece_bytes and pieces_sha256 belong together", "'archi-node cargo pieces' prints both."
+            )
+        if size < MIN_PIECE_BYTES or size & (size - 1):
+            raise ManifestError(
+                path, f"{EXPECTED['files[].piece_bytes']} expected, not {size}", "1048576 suits most."
+            )
+        if file.pieces > MAX_PIECES:
+            raise ManifestError(path, f"{file.pieces} pieces, at most {MAX_PIECES}", "Choose larger pieces.")
+
+
+def _check_sharding(manifest: Manifest) -> None:
+    sharding = manifest.sharding
+    if sharding is None:
+        return
+    hint = "'archi-node cargo pieces FILE' prints the whole section."
+    if manifest.runtime is not RuntimeType.LLMCPP:
+        raise ManifestError("sharding", f"runtime {manifest.runtime} has no layers to spread", "Leave it out.")
+    models = [file for file in manifest.files if file.role == "model"]
+    if len(models) != 1:
+        raise ManifestError("sharding", f"{len(models)} files have the role 'model', not one", hint)
+    if len(sharding.layer_bytes) != sharding.layers:
+        raise ManifestError(
+            "sharding.layer_bytes", f"{len(sharding.layer_bytes)} sizes for {sharding.layers} layers", hint
+        )
+    if sum(sharding.layer_bytes) > models[0].size_bytes:
+        raise ManifestError("sharding.layer_bytes", "the layers are larger than the file", hint)
+    for name in ("embedding_bytes", "head_bytes"):
+        if cast("int", getattr(sharding, name)) > models[0].size_bytes:
+            raise ManifestError(f"sharding.{name}", "larger than the file", hint)
 
 
 def _check_decimals(defaults: Defaults) -> None:

@@ -26,6 +26,7 @@ from cargos.manifest import (
     Licence,
     Manifest,
     Needs,
+    Sharding,
     canonical_bytes,
     canonical_json,
 )
@@ -139,28 +140,47 @@ FULL = {
         "repeat_penalty": 0.5,
         "max_tokens": 5,
     },
+    "sharding": {
+        "architecture": "llama",
+        "layers": 2,
+        "width": 64,
+        "layer_bytes": [1, 1],
+        "embedding_bytes": 2,
+        "head_bytes": 3,
+        "kv_bytes": 9,
+    },
 }
+PIECES = {"piece_bytes": 1 << 20, "pieces_sha256": "1" * 64}
 
 
 def test_every_field_counts(plain):
     """Change any one value anywhere, and the digest changes. Covers all fields of all types."""
-    plain.update(FULL)
+    plain.update(copy.deepcopy(FULL))
+    plain["files"][1].update(PIECES)
     original = parse(plain)
-    seen = {original.digest}
+    whole = parse({key: value for key, value in plain.items() if key != "sharding"})
+    seen = {original.digest, whole.digest}
+    assert len(seen) == 2
     others = {"schema": 1, "runtime": "onnx", "gpu": "required", "spdx": "BSD-3-Clause"}
     paths = [path for path, _ in leaves(plain) if path != ("schema",)]
     for path in paths:
         changed = copy.deepcopy(plain)
+        if path[-1] in ("role", "runtime"):
+            del changed["sharding"]  # which needs them as they are
         place = changed
         for step in path[:-1]:
             place = place[step]
         match place[path[-1]]:
+            case int() as number if path[-1] == "piece_bytes":
+                place[path[-1]] = number * 2
+            case int() as number if path[-1] == "layers":
+                place["layers"], place["layer_bytes"] = number + 1, [1, 1, 1]
             case int() | float() as number:
                 place[path[-1]] = number + 0.25 if isinstance(number, float) else number + 1
             case text if path[-1] in others:
                 assert text != others[path[-1]]
                 place[path[-1]] = others[path[-1]]
-            case text if path[-1] == "sha256":
+            case text if path[-1] in ("sha256", "pieces_sha256"):
                 place[path[-1]] = text[:-1] + ("1" if text[-1] != "1" else "2")
             case text:
                 place[path[-1]] = text + "1"
@@ -168,7 +188,7 @@ def test_every_field_counts(plain):
         assert digest not in seen, path
         seen.add(digest)
     touched = {step for path in paths for step in path} | {"schema"}
-    for kind in (Manifest, CargoFile, Needs, Licence, Defaults):
+    for kind in (Manifest, CargoFile, Needs, Licence, Defaults, Sharding):
         assert set(kind.__struct_fields__) <= touched
 
 
@@ -181,12 +201,13 @@ def test_the_order_of_sources_counts(plain):
 def test_every_field_has_words():
     for prefix, kind in (("", Manifest), ("files[].", CargoFile), ("needs.", Needs), ("licence.", Licence)):
         assert {prefix + name for name in kind.__struct_fields__} <= set(EXPECTED)
-    assert {f"defaults.{name}" for name in Defaults.__struct_fields__} <= set(EXPECTED)
+    for prefix, kind in (("defaults.", Defaults), ("sharding.", Sharding)):
+        assert {prefix + name for name in kind.__struct_fields__} <= set(EXPECTED)
 
 
 def test_the_document_describes_every_field():
     text = (Path(__file__).parents[2] / "docs" / "cargos.md").read_text("utf-8")
-    for kind in (Manifest, CargoFile, Needs, Licence, Defaults):
+    for kind in (Manifest, CargoFile, Needs, Licence, Defaults, Sharding):
         for name in kind.__struct_fields__:
             assert re.search(rf"`{name}`", text), name
 
@@ -243,6 +264,22 @@ BAD = [
     ("files.0.size_bytes", 1 << 60, "files[0].size_bytes", "bytes"),
     ("files.0.sha256", "00" * 31, "files[0].sha256", "64 lower-case hex"),
     ("files.0.sha256", "AB" * 32, "files[0].sha256", "64 lower-case hex"),
+    ("files.0.piece_bytes", 1 << 20, "files[0].piece_bytes", "belong together"),
+    ("files.0.pieces_sha256", "1" * 64, "files[0].piece_bytes", "belong together"),
+    ("files.0.pieces_sha256", "1" * 63, "files[0].pieces_sha256", "64 lower-case hex"),
+    ("files.0", {**PIECES, "piece_bytes": 1 << 23}, "files[0].piece_bytes", "power of two"),
+    ("files.0", {**PIECES, "piece_bytes": 3 << 15}, "files[0].piece_bytes", "power of two"),
+    ("files.0", {**PIECES, "piece_bytes": 1 << 10}, "files[0].piece_bytes", "power of two"),
+    ("files.0", {**PIECES, "size_bytes": 1 << 41}, "files[0].piece_bytes", "2097152 pieces"),
+    ("sharding", {"layers": 3}, "sharding.layer_bytes", "2 sizes for 3 layers"),
+    ("sharding", {"layers": 0}, "sharding.layers", "between 1 and 512"),
+    ("sharding", {"layer_bytes": [1, 0]}, "sharding.layer_bytes[1]", "between 1"),
+    ("sharding", {"layer_bytes": [1, 5]}, "sharding.layer_bytes", "larger than the file"),
+    ("sharding", {"head_bytes": 6}, "sharding.head_bytes", "larger than the file"),
+    ("sharding", {"embedding_bytes": 6}, "sharding.embedding_bytes", "larger than the file"),
+    ("sharding", {"architecture": "Llama 2"}, "sharding.architecture", "'Llama 2'"),
+    ("sharding", {"first": 1}, "sharding.first", "unknown field"),
+    ("sharding", 5, "sharding", "archi-node cargo pieces"),
     ("files.0.role", "", "files[0].role", "what the file is for"),
     ("files.0.sources", [], "files[0].sources", "1 to 8"),
     ("files.0.sources", ["file:x"] * 2, "files[0].sources", "twice"),
@@ -264,6 +301,9 @@ def test_what_is_wrong_is_said_with_its_place(plain, where, value, path, words):
     *steps, last = [int(step) if step.isdigit() else step for step in where.split(".")]
     for step in steps:
         place = place[step]
+    if isinstance(value, dict) and value:  # a few fields of a table
+        base = FULL["sharding"] if where == "sharding" else place[last]
+        value = {**base, **value}
     place[last] = value
     with pytest.raises(ManifestError) as caught:
         parse(plain)
@@ -279,6 +319,30 @@ def test_missing_fields(plain, missing):
     with pytest.raises(ManifestError, match=rf"^{missing}: missing") as caught:
         parse(plain)
     assert EXPECTED[missing] in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"runtime": "onnx"}, "no layers to spread"), ({"files": "model twice"}, "2 files have the role")],
+)
+def test_sharding_needs_one_model_of_the_right_runtime(plain, change, words):
+    plain["sharding"] = FULL["sharding"]
+    parse(plain)
+    if "files" in change:
+        plain["files"][0]["role"] = "model"
+    else:
+        plain.update(change)
+    with pytest.raises(ManifestError, match=words):
+        parse(plain)
+
+
+def test_pieces_and_stages_are_counted(plain):
+    plain["files"][1].update(PIECES, size_bytes=(1 << 20) + 1)
+    plain["sharding"] = {**FULL["sharding"], "layer_bytes": [10, 20]}
+    manifest = parse(plain)
+    assert [file.pieces for file in manifest.files] == [0, 2]
+    stages = manifest.sharding.stage_bytes
+    assert (stages(0, 2), stages(0, 1), stages(1, 2)) == (35, 12, 23)
 
 
 def test_missing_field_of_a_file(plain):
