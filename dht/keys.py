@@ -19,6 +19,7 @@ _CARGO: Final = b"archipelag-dht-cargo\x00"
 _ROLE: Final = b"archipelag-dht-role\x00"
 _CAPABILITY: Final = b"archipelag-dht-capability\x00"
 _REGION: Final = b"archipelag-dht-region\x00"
+_FILE: Final = b"archipelag-dht-file\x00"
 
 
 def _hash(*parts: bytes) -> int:
@@ -51,6 +52,11 @@ def key_of_capability(capability: str, region: str = "") -> int:
 
 def key_of_region(region: str) -> int:
     return _hash(_REGION, region.encode())
+
+
+def key_of_file(sha256: str) -> int:
+    """Where those are told who hold pieces of the file with this SHA-256 (64 lower-case hex digits)."""
+    return _hash(_FILE, sha256.encode())
 
 
 def common_prefix_length(a: int, b: int) -> int:
