@@ -1,0 +1,266 @@
+"""Drafts: tokens that are likely next, so that one traversal of the ring may verify several.
+
+A ring of distant stages spends its time on the way, not in the layers: the rows of some guesses travel and are
+computed almost for free. The head samples each row as it would have without them and keeps what agrees, so
+what comes out is the same; only how often the ring is gone round changes.
+
+`Drafter` guesses by looking up what followed the last few tokens the last time (prompt lookup): no model, a
+few microseconds. `DraftPolicy` says how many guesses are worth their rows. `Speculation` is both, for a head:
+
+    speculation = Speculation()
+    speculation.extend(prompt)
+    drafts = speculation.draft(trip_ns, row_ns, room)     # fed behind the token that is known
+    speculation.verified(tokens)                          # those that were kept and the one after them
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, Protocol
+
+#: Tokens that must have been the same before, to take what followed: the longest of 4, 3, 2, 1. Longer ones hardly
+#: find a better place; how far the agreement goes back (up to MAX_MATCH) says how sure the guess is.
+MAX_GRAM: Final = 4
+
+#: Agreement with the place that is copied from is counted up to here; behind it nothing changes.
+MAX_MATCH: Final = 16
+
+#: Most drafts at once. Beyond it even text that is copied word for word gains little, and the rows of a refused
+#: draft delay everyone in the ring.
+MAX_DRAFT: Final = 16
+
+#: How many places that only share a hash are passed over. With tables half full at most, more than eight hardly
+#: happen by accident; who picks tokens for it gets no drafts.
+_MAX_STEPS: Final = 8
+
+_SMALLEST_TABLE: Final = 256
+
+#: Of what was seen before, how much counts after one more observation: about the last twenty matter.
+_KEEP: Final = 0.95
+
+#: A depth that was never tried is as good as the one before it; this many observations weigh as much as that.
+_TRUST: Final = 2.0
+
+#: The chance of a first guess before anything was seen. Repetition in prompts makes it about right for lookups.
+_FIRST: Final = 0.5
+
+#: So many answers "none" in a row, then one draft is tried: text changes. Costs a row in 64 steps.
+_PROBE_AFTER: Final = 64
+
+
+class _Grams:
+    """Where each run of `n` tokens ended, latest first. Chained hashing in flat arrays, 12 to 20 bytes a token
+    (a dict of tuples takes ten times that), and each entry can be taken back.
+    """
+
+    __slots__ = ("_before", "_n", "_table", "_tokens")
+
+    def __init__(self, tokens: array[int], n: int) -> None:
+        self._tokens = tokens
+        self._n = n
+        self._table = array("i", bytes(4 * _SMALLEST_TABLE))
+        #: By end: the end that had its place in the table before; 0: none.
+        self._before = array("i", [0])
+
+    def note(self, end: int) -> None:
+        """The run that ends before `end`; each end in order."""
+        if end > len(self._table) // 2:
+            self._grow(end)
+        if end < self._n:
+            self._before.append(0)
+            return
+        slot = self._slot(end)
+        self._before.append(self._table[slot])
+        self._table[slot] = end
+
+    def forget(self) -> None:
+        """Take back the last `note`; its tokens must still be there."""
+        end = len(self._before) - 1
+        if end >= self._n:
+            self._table[self._slot(end)] = self._before[end]
+        self._before.pop()
+
+    def earlier(self) -> int:
+        """The latest end before the last of the same run, or 0."""
+        end = len(self._before) - 1
+        if end < self._n:
+            return 0
+        wanted = self._tokens[end - self._n : end]
+        for _ in range(_MAX_STEPS):
+            end = self._before[end]
+            if not end or self._tokens[end - self._n : end] == wanted:
+                return end
+        return 0
+
+    def _slot(self, end: int) -> int:
+        # Tuples of ints hash the same in each process, unlike text.
+        return hash(tuple(self._tokens[end - self._n : end])) & (len(self._table) - 1)
+
+    def _grow(self, end: int) -> None:
+        self._table = array("i", bytes(4 * 4 * len(self._table)))
+        self._before = array("i", [0])
+        for past in range(1, end):
+            self.note(past)
+
+
+class Drafter:
+    """Prompt lookup over the tokens of one session. A few microseconds a token, whatever its length.
+
+    The place that is copied from is where the longest run of last tokens (up to MAX_GRAM) was seen last. If the
+    copy reaches the end of what is known, it goes on with itself: text that repeats is drafted in its period.
+    """
+
+    __slots__ = ("_grams", "_tokens")
+
+    def __init__(self, tokens: Iterable[int] = ()) -> None:
+        self._tokens = array("i")
+        self._grams = tuple(_Grams(self._tokens, n) for n in range(MAX_GRAM, 0, -1))
+        self.extend(tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """These came next."""
+        for token in tokens:
+            self._tokens.append(token)
+            for grams in self._grams:
+                grams.note(len(self._tokens))
+
+    def truncate(self, length: int) -> None:
+        """Only the first `length` tokens hold. Raises ValueError if there are fewer."""
+        if not 0 <= length <= len(self._tokens):
+            raise ValueError(f"there are {len(self._tokens)} tokens, not {length}")
+        while len(self._tokens) > length:
+            for grams in self._grams:
+                grams.forget()
+            self._tokens.pop()
+
+    def propose(self, limit: int) -> list[int]:
+        """What probably comes next: `limit` tokens, or none. A function of the tokens so far alone."""
+        return self.look(limit)[0]
+
+    def look(self, limit: int) -> tuple[list[int], int]:
+        """`propose`, and how many tokens before agree with the place that it is copied from (up to MAX_MATCH)."""
+        known = len(self._tokens)
+        at = next(filter(None, (grams.earlier() for grams in self._grams)), 0)
+        if not at or limit <= 0:
+            return [], 0
+        match = 0
+        while match < min(MAX_MATCH, at) and self._tokens[at - 1 - match] == self._tokens[known - 1 - match]:
+            match += 1
+        period = known - at
+        return [self._tokens[at + i % period] for i in range(limit)], match
+
+
+class DraftPolicy:
+    """How many drafts to send, from what became of earlier ones and from what they cost.
+
+    The chance of a draft depends on its depth: how many tokens before it agree with where it comes from, those
+    of the draft before it included (a model that drafts starts at 0 each time). Of each depth the recent share
+    of hits is kept. With chances a, b, c, ... a traversal with k drafts is expected to bring
+    1 + a + ab + abc + ... tokens (k products) in trip + k row; the k with most tokens a second is chosen.
+    """
+
+    __slots__ = ("_hits", "_seen", "_silent")
+
+    def __init__(self) -> None:
+        depths = MAX_MATCH + MAX_DRAFT
+        self._hits = [0.0] * depths
+        self._seen = [0.0] * depths
+        self._silent = 0
+
+    def length(self, trip_ns: int, row_ns: int, *, match: int = 0) -> int:
+        """How many drafts to send, 0 to MAX_DRAFT.
+
+        `trip_ns`: one traversal with one row, computing included; 0: unknown, no drafts. `row_ns`: what one
+        row more takes of the whole ring, times the sessions that share it (they all wait for it).
+        """
+        if trip_ns <= 0:
+            return 0
+        best, best_rate = 0, 1 / trip_ns
+        expected = reached = 1.0
+        for drafts, chance in enumerate(self._chances(match), start=1):
+            reached *= chance
+            expected += reached
+            rate = expected / (trip_ns + drafts * max(0, row_ns))
+            if rate > best_rate:
+                best, best_rate = drafts, rate
+        self._silent = 0 if best else self._silent + 1
+        if self._silent > _PROBE_AFTER and row_ns < trip_ns:  # else not even a sure one would pay
+            self._silent = 0
+            return 1
+        return best
+
+    def note(self, drafted: int, accepted: int, *, match: int = 0) -> None:
+        """Of `drafted` drafts the first `accepted` were right. Raises ValueError if that can not be."""
+        if not 0 <= accepted <= drafted <= MAX_DRAFT:
+            raise ValueError(f"{accepted} of {drafted} drafts")
+        for i in range(min(drafted, accepted + 1)):
+            depth = min(match, MAX_MATCH) + i
+            self._hits[depth] = self._hits[depth] * _KEEP + (i < accepted)
+            self._seen[depth] = self._seen[depth] * _KEEP + 1
+
+    def _chances(self, match: int) -> Iterator[float]:
+        """Of the first draft, the second if the first was right, and so on."""
+        chance = _FIRST
+        start = min(match, MAX_MATCH)
+        for depth in range(start + MAX_DRAFT):
+            chance = (self._hits[depth] + _TRUST * chance) / (self._seen[depth] + _TRUST)
+            if depth >= start:
+                yield chance
+
+
+class Proposer(Protocol):
+    """Whatever drafts."""
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """These came next."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Only the first `length` tokens hold."""
+        ...
+
+    def look(self, limit: int) -> tuple[list[int], int]:
+        """Up to `limit` drafts, and the depth at which they begin."""
+        ...
+
+
+class Speculation:
+    """A drafter and its policy, for one session. It learns from every token, drafted or not."""
+
+    __slots__ = ("_drafter", "_guess", "_match", "policy")
+
+    def __init__(self, drafter: Proposer | None = None) -> None:
+        self._drafter = drafter or Drafter()
+        self.policy = DraftPolicy()
+        self._guess: Sequence[int] = ()
+        self._match = 0
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """The prompt, or tokens of before. Nothing is learnt from them."""
+        self._guess = ()
+        self._drafter.extend(tokens)
+
+    def truncate(self, length: int) -> None:
+        self._guess = ()
+        self._drafter.truncate(length)
+
+    def draft(self, trip_ns: int, row_ns: int, room: int) -> list[int]:
+        """What to send behind the last token: at most `room` drafts. Times as for `DraftPolicy.length`."""
+        drafts, self._match = self._drafter.look(max(0, min(room, MAX_DRAFT)))
+        length = self.policy.length(trip_ns, row_ns, match=self._match) if drafts else 0
+        self._guess = drafts[: max(1, length)]  # one at least, to see whether it would have been right
+        return drafts[:length]
+
+    def verified(self, tokens: Sequence[int]) -> None:
+        """These came of it: the drafts that were right and the token after them (or fewer at the end)."""
+        checked = min(len(self._guess), len(tokens))
+        right = 0
+        while right < checked and self._guess[right] == tokens[right]:
+            right += 1
+        if checked:
+            self.policy.note(checked, right, match=self._match)
+        self.extend(tokens)
