@@ -19,8 +19,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Protocol
 
-#: Tokens that must have been the same before, to take what followed: the longest of 4, 3, 2, 1. Longer ones hardly
-#: find a better place; how far the agreement goes back (up to MAX_MATCH) says how sure the guess is.
+#: Tokens that must have been the same before, to take what followed: the longest of 4, 3, 2, 1. Longer ones
+#: hardly find a better place; how far the agreement goes back (up to MAX_MATCH) says how sure the guess is.
 MAX_GRAM: Final = 4
 
 #: Agreement with the place that is copied from is counted up to here; behind it nothing changes.
@@ -142,7 +142,7 @@ class Drafter:
         return self.look(limit)[0]
 
     def look(self, limit: int) -> tuple[list[int], int]:
-        """`propose`, and how many tokens before agree with the place that it is copied from (up to MAX_MATCH)."""
+        """`propose`, and how many tokens before agree with the place that it is copied from (to MAX_MATCH)."""
         known = len(self._tokens)
         at = next(filter(None, (grams.earlier() for grams in self._grams)), 0)
         if not at or limit <= 0:
