@@ -35,7 +35,7 @@ from protocol.limits import (
     MAX_TOKENS_PER_FRAME,
     MAX_TOP_LOGPROBS,
 )
-from protocol.ring import MAX_STAGE_WORKS, MAX_STAGES, Chain, StageShare, StageWork
+from protocol.ring import MAX_CHAIN_BYTES, MAX_STAGE_WORKS, MAX_STAGES, Chain, StageShare, StageWork
 from protocol.work import Part, TokenId, Work
 
 JOB_PROTOCOL: Final = "/archipelag/job/1.0.0"
@@ -76,7 +76,7 @@ class JobOffer(Message, frozen=True, gc=False, tag="offer"):
     is the last stage of these and has the others work with it; None: it has the whole Cargo.
     """
 
-    max_bytes: ClassVar[int] = MAX_OFFER_BYTES + MAX_CONTROL_BYTES
+    max_bytes: ClassVar[int] = MAX_OFFER_BYTES + MAX_CONTROL_BYTES + MAX_CHAIN_BYTES
 
     job: Annotated[str, Meta(min_length=32, max_length=32)]
     cargo: Annotated[str, Meta(min_length=71, max_length=71)]

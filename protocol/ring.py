@@ -64,6 +64,10 @@ MAX_FEED_BYTES: Final = 8 * MIB
 #: A name that only those who take part know: the job's.
 SESSION_CHARS: Final = 32
 
+#: Each stage and spare with four addresses of the greatest length would take 40 KiB; addresses usually have 80
+#: characters. Whoever makes a chain keeps it below this.
+MAX_CHAIN_BYTES: Final = 64 * KIB
+
 #: How activations travel; see cargos/shards/dtypes.py for what each costs and changes.
 Dtype: TypeAlias = Literal["f32", "f16s", "q8x"]
 

@@ -78,7 +78,7 @@ class Naming(NamedTuple):
 class Shelf(Generic[P]):
     """All offers of one Cargo, the oldest first, and what they add up to. For others: read only."""
 
-    __slots__ = ("_best", "contexts", "namings", "offers", "ready", "ready_contexts")
+    __slots__ = ("_best", "contexts", "namings", "offers", "ready", "ready_contexts", "shards")
 
     def __init__(self) -> None:
         self.offers: dict[P, OfferedCargo] = {}
@@ -87,6 +87,8 @@ class Shelf(Generic[P]):
         self.contexts: dict[int, int] = {}
         self.ready_contexts: dict[int, int] = {}
         self.ready = 0
+        #: How many have a part of it, or room for one.
+        self.shards = 0
         self._best: float | None = 0.0
 
     @property
@@ -101,9 +103,12 @@ class Shelf(Generic[P]):
 
     @property
     def decode_tps(self) -> float:
-        """The highest rate claimed. Counted anew only after the one who claimed it has gone or changed."""
+        """The highest rate claimed by one that has all of it. Counted anew only after the one who claimed it
+        has gone or changed.
+        """
         if self._best is None:
-            self._best = max((o.decode_tps for o in self.offers.values() if o.state != "failed"), default=0.0)
+            rates = (o.decode_tps for o in self.offers.values() if o.state != "failed" and o.shard is None)
+            self._best = max(rates, default=0.0)
         return self._best
 
     @property
@@ -125,10 +130,14 @@ class Shelf(Generic[P]):
             self._count(before, -1)
 
     def _count(self, offered: OfferedCargo, by: int) -> None:
+        if offered.shard is not None:
+            self.shards += by
         if offered.state == "failed":
             return
         _add(self.namings, naming_of(offered), by)
         _add(self.contexts, offered.context_length, by)
+        if offered.shard is not None:
+            return  # it makes the Cargo known; ready is what a whole Island, or a whole chain, has
         if offered.state == "ready":
             _add(self.ready_contexts, offered.context_length, by)
             self.ready += by

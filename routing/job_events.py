@@ -8,6 +8,7 @@ from typing import Generic, TypeAlias, TypeVar
 from protocol.instants import SECOND_NS
 from protocol.jobs import Receipt, Token, Usage
 from protocol.limits import DEFAULT_TOKEN_WINDOW
+from protocol.ring import Chain, StageReceipt
 
 P = TypeVar("P")
 
@@ -18,19 +19,56 @@ class SupervisionPolicy:
 
     `accept_ns`: from offer to accept or reject. `first_token_ns`: from accept, or the last sign of progress,
     to the first token. `stall_ns`: longest gap between tokens; once gaps are known the limit
-    adapts down to 50 gaps but not below `stall_floor_ns`. `wait_ns`: how long a job may be without
-    any Island before it fails; 0 fails at once. `deadline_ns`: the whole job. `attempts`: dispatches that may
-    fail (refusals for load do not count). `window`: tokens that the Island may be ahead of the consumer.
+    adapts down to 50 gaps but not below `stall_floor_ns`. `chain_stall_ns`: the same for a chain, which
+    may be replacing a stage meanwhile (a head that froze is noticed sooner, by its link). `wait_ns`: how long
+    a job may be without any Island before it fails; 0 fails at once. `deadline_ns`: the whole job.
+    `attempts`: dispatches that may fail (refusals for load do not count). `window`: tokens that the Island may
+    be ahead of the consumer.
     """
 
     accept_ns: int = 3 * SECOND_NS
     first_token_ns: int = 60 * SECOND_NS
     stall_ns: int = 5 * SECOND_NS
     stall_floor_ns: int = 1 * SECOND_NS
+    chain_stall_ns: int = 15 * SECOND_NS
     wait_ns: int = 10 * SECOND_NS
     deadline_ns: int = 600 * SECOND_NS
     attempts: int = 8
     window: int = DEFAULT_TOKEN_WINDOW
+
+
+# --- where to ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment(Generic[P]):
+    """Who gets the job: an Island that has the whole Cargo, or the head of a chain, and the chain."""
+
+    peer: P
+    chain: Chain | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask(Generic[P]):
+    """A job looks for a place. `excluded`: peers not to ask. `done`: tokens that there are. `chain`: the one
+    that had it last, whose living stages still have what they computed: it is worth going on with. `lost`:
+    peers (as chains name them) that its head says let it down.
+    """
+
+    excluded: frozenset[P] = frozenset()
+    done: int = 0
+    chain: Chain | None = None
+    lost: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """Nobody can take it, but somebody will: `done` of `total` layers are loaded. The job waits for it, up to
+    its deadline.
+    """
+
+    done: int = 0
+    total: int = 0
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -70,11 +108,14 @@ class JobWaiting:
 
 @dataclass(frozen=True, slots=True)
 class JobPlaced(Generic[P]):
-    """An Island accepted. `hand_over` counts the Islands that had accepted before."""
+    """An Island accepted. `hand_over` counts the Islands that had accepted before. `chain`: it is the head of
+    this one.
+    """
 
     peer: P
     ahead: int
     hand_over: int
+    chain: Chain | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +141,34 @@ class IslandFailed(Generic[P]):
 
 
 @dataclass(frozen=True, slots=True)
+class StageSeen:
+    """What a head says of one stage of its chain: of the chain indeed, but a claim, except for what the stage
+    itself signed. `peer`: as the chain names it. `receipt`: its own, verified; None: it gave none.
+    """
+
+    peer: str
+    index: int
+    first: int
+    last: int
+    hop_ns: int
+    failed: bool
+    reason: str
+    receipt: StageReceipt | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChainFailed(Generic[P]):
+    """The head `peer` says that these stages let it down, and that it can not go on with the chain. Whether it
+    is true, whoever hears this finds out for himself.
+    """
+
+    peer: P
+    chain: Chain
+    reason: str
+    stages: tuple[StageSeen, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SpeedSeen(Generic[P]):
     """For the coordinator's book, at an attempt's end: so many tokens came in this time, pauses left out."""
 
@@ -110,7 +179,9 @@ class SpeedSeen(Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class JobCompleted(Generic[P]):
-    """The end. `receipt` is None if what the Island signed does not match what it sent."""
+    """The end. `receipt` is None if what the Island signed does not match what it sent. `chain`: as the gateway
+    made it; `stages`: those who stood in it, lost ones too.
+    """
 
     peer: P
     finish: str
@@ -118,6 +189,8 @@ class JobCompleted(Generic[P]):
     usage: Usage
     hand_overs: int
     receipt: Receipt | None
+    chain: Chain | None = None
+    stages: tuple[StageSeen, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +208,7 @@ JobEvent: TypeAlias = (
     | JobPreparing
     | TokensReleased
     | IslandFailed[P]
+    | ChainFailed[P]
     | SpeedSeen[P]
     | JobCompleted[P]
     | JobFailed

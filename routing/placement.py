@@ -203,9 +203,18 @@ def expected_ns(
 
 
 def admitted(now: Instant, island: Island[P], offered: OfferedCargo, query: Query[P]) -> bool:
-    """Whether the job may run there at all. Cheap checks first; a jurisdiction may cost a millisecond."""
+    """Whether the job may run there, with the whole Cargo. Cheap checks first; a jurisdiction may cost a
+    millisecond.
+    """
+    if offered.shard is not None or offered.state == "failed":
+        return False
+    return admissible(now, island, offered, query)
+
+
+def admissible(now: Instant, island: Island[P], offered: OfferedCargo, query: Query[P]) -> bool:
+    """Whether the job, or its part of the Cargo's layers, may run there as far as requirements go."""
     job, outlook, requirements = query.job, query.outlook, query.requirements
-    if island.advert.draining or offered.state == "failed":
+    if island.advert.draining:
         return False
     if outlook.unix_offset_ns is not None and not is_open(
         island.advert.schedule, UnixNs(now + outlook.unix_offset_ns)

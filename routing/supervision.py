@@ -17,13 +17,9 @@ from enum import Enum
 from typing import Final, Generic, TypeAlias, TypeVar
 
 from protocol.codec import excerpt
-from protocol.envelope import open_untrusted
-from protocol.errors import ProtocolError
 from protocol.ids import CargoDigest, JobId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant, UnixNs, after
 from protocol.jobs import (
-    RECEIPT,
-    RECEIPT_KIND,
     FromIsland,
     JobAccept,
     JobCancel,
@@ -34,16 +30,18 @@ from protocol.jobs import (
     JobProgress,
     JobReject,
     JobTokens,
-    Receipt,
     ToIsland,
     Usage,
-    token_hash,
 )
 from protocol.limits import MAX_CONTEXT_TOKENS
 from protocol.machine import Disconnect, Effect, Emit, Input, Ordered, PeerLost, Received, Send, Woken
+from protocol.ring import Chain
 from protocol.work import Generation
 from routing.job_events import (
     Abort,
+    Ask,
+    Assignment,
+    ChainFailed,
     Command,
     Consumed,
     IslandFailed,
@@ -54,11 +52,14 @@ from routing.job_events import (
     JobPlaced,
     JobPreparing,
     JobWaiting,
+    NotYet,
     SpeedSeen,
+    StageSeen,
     Start,
     SupervisionPolicy,
     TokensReleased,
 )
+from routing.job_receipts import Facts, receipt_untrusted, stages_untrusted
 from routing.placement import most_prompt_tokens
 
 P = TypeVar("P")
@@ -84,13 +85,18 @@ MAX_PROGRESS_NOTICES: Final = 10_000
 MIN_TIMED_TOKENS: Final = 8
 MIN_TIMED_NS: Final = SECOND_NS
 
+#: A job that waits for layers to be loaded asks this often how far that is; it is told when they are.
+NOT_YET_NS: Final = SECOND_NS
+
 #: Reasons that any Island would give: the consumer's to mend.
 CONSUMER_ERRORS: Final = frozenset({"too-long", "invalid"})
 
 
 Effects: TypeAlias = Iterator[Effect[P, ToIsland, JobEvent[P]]]
-Placer: TypeAlias = Callable[[Instant, frozenset[P], int], P | None]
-"""(now, peers not to ask, tokens done) -> the best Island, or None. Pure, reads the coordinator's book."""
+Placer: TypeAlias = Callable[[Instant, Ask[P]], Assignment[P] | NotYet | None]
+"""The best Island or chain for it; NotYet: there will be one; None: there is none. Pure, reads the
+coordinator's book.
+"""
 
 
 class _State(Enum):
@@ -136,6 +142,9 @@ class JobSupervisor(Generic[P]):
         self._consumer = consumer
         self._state = _State.WAITING
         self._peer: P | None = None
+        self._chain: Chain | None = None
+        self._accusers: frozenset[P] = frozenset()
+        self._lost: dict[str, Instant] = {}
         self._ids: list[int] = []
         self._resumed_at = 0
         self._consumed = 0
@@ -153,6 +162,8 @@ class JobSupervisor(Generic[P]):
         self._timed_ns = 0
         self._notices = 0
         self._verdict: _Verdict[P] | None = None
+        self._not_yet_until: Instant | None = None
+        self._seen_loading: NotYet | None = None
 
     @property
     def ended(self) -> bool:
@@ -231,7 +242,7 @@ class JobSupervisor(Generic[P]):
                 self._gap_ns = 0.0
                 self._without_island_since = None
                 self._busy = frozenset()
-                yield Emit(JobPlaced(peer, ahead, self._placed))
+                yield Emit(JobPlaced(peer, ahead, self._placed, self._chain))
                 self._placed += 1
                 yield from self._grant(now)
             case JobReject(), _State.OFFERED:
@@ -242,11 +253,8 @@ class JobSupervisor(Generic[P]):
                 yield from self._tokens(now, peer, message, gap_ns)
             case JobDone(), _State.RUNNING:
                 yield from self._done(now, peer, message)
-            case JobError(code=code, detail=detail, retryable=retryable), _State.RUNNING:
-                if code in CONSUMER_ERRORS or not retryable:
-                    yield from self._judged(now, peer, code, detail)
-                else:
-                    yield from self._fail_attempt(now, peer, f"error: {excerpt(code)} {excerpt(detail)}")
+            case JobError(), _State.RUNNING:
+                yield from self._error(now, peer, message)
             case _:
                 yield from self._fail_attempt(now, peer, f"unexpected {type(message).__name__}")
 
@@ -254,6 +262,25 @@ class JobSupervisor(Generic[P]):
         """Progress is for the time before the first token, else it would hide a stall."""
         self._notices += 1
         return len(self._ids) == self._resumed_at and self._notices <= MAX_PROGRESS_NOTICES
+
+    def _error(self, now: Instant, peer: P, message: JobError) -> Effects[P]:
+        code, detail = message.code, message.detail
+        if code in CONSUMER_ERRORS or not message.retryable:
+            yield from self._judged(now, peer, code, detail)
+            return
+        reason = f"error: {excerpt(code)} {excerpt(detail)}"
+        accused = tuple(stage for stage in self._stages(now, message) if stage.failed)
+        if self._chain is None or not accused:
+            yield from self._fail_attempt(now, peer, reason)
+            return
+        # The first time it is believed, for this job: the next chain is without those whom it names. A head
+        # that complains again is itself not asked any more.
+        yield Emit(ChainFailed(peer, self._chain, reason, accused))
+        for stage in accused:
+            self._lost[stage.peer] = after(now, FAILED_COOLDOWN_NS)
+        again = peer in self._accusers
+        self._accusers |= {peer}
+        yield from self._fail_attempt(now, peer, reason, blamed=False, avoided=again)
 
     def _tokens(self, now: Instant, peer: P, message: JobTokens, gap_ns: int) -> Effects[P]:
         limit = self._work.max_tokens or MAX_CONTEXT_TOKENS
@@ -281,13 +308,16 @@ class JobSupervisor(Generic[P]):
             return
         yield from self._refute(peer)
         yield from self._speed(peer)
-        receipt = self._check_receipt(now, peer, message)
+        receipt = receipt_untrusted(message, peer, self._facts(now))
         if receipt is None:
             yield Emit(IslandFailed(peer, "receipt does not match"))
         self._peer = None
         yield Disconnect(peer, "done")
         hand_overs = self._placed - 1
-        yield Emit(JobCompleted(peer, message.finish, message.tail, message.usage, hand_overs, receipt))
+        stages, finish = self._stages(now, message), message.finish
+        yield Emit(
+            JobCompleted(peer, finish, message.tail, message.usage, hand_overs, receipt, self._chain, stages)
+        )
         self._end()
 
     def _rejected(self, now: Instant, peer: P, message: JobReject) -> Effects[P]:
@@ -333,14 +363,19 @@ class JobSupervisor(Generic[P]):
 
     def _dispatch(self, now: Instant) -> Effects[P]:
         self._cooldown = {peer: until for peer, until in self._cooldown.items() if until > now}
-        peer = self._place(now, frozenset(self._cooldown), len(self._ids))
-        if peer is None:
-            if self._verdict is not None:
-                yield from self._give_up(self._verdict.code, self._verdict.detail)
-            else:
-                yield from self._wait(now)
-            return
-        self._peer = peer
+        self._lost = {name: until for name, until in self._lost.items() if until > now}
+        ask = Ask(frozenset(self._cooldown), len(self._ids), self._chain, frozenset(self._lost))
+        place = self._place(now, ask)
+        if isinstance(place, Assignment):
+            yield from self._offer(now, place)
+        elif self._verdict is not None:
+            yield from self._give_up(self._verdict.code, self._verdict.detail)
+        else:
+            yield from self._wait(now, place)
+
+    def _offer(self, now: Instant, place: Assignment[P]) -> Effects[P]:
+        peer = self._peer = place.peer
+        self._chain = place.chain
         self._state = _State.OFFERED
         self._resumed_at = len(self._ids)
         self._granted = self._consumed + self._policy.window
@@ -356,15 +391,25 @@ class JobSupervisor(Generic[P]):
                 resume=tuple(self._ids),
                 granted=self._granted,
                 deadline_ms=left_ms,
+                chain=place.chain,
             ),
         )
 
-    def _wait(self, now: Instant) -> Effects[P]:
+    def _wait(self, now: Instant, what: NotYet | None) -> Effects[P]:
         first_time = self._without_island_since is None
         if self._without_island_since is None:
             self._without_island_since = now
         self._state = _State.WAITING
-        if now - self._without_island_since >= self._policy.wait_ns:
+        self._not_yet_until = None
+        if what is not None:
+            self._without_island_since = now  # its patience begins when nobody works on it any more
+            self._not_yet_until = after(now, NOT_YET_NS)
+            if first_time:
+                yield Emit(JobWaiting())
+            if what != self._seen_loading:
+                self._seen_loading = what
+                yield Emit(JobPreparing("loading", what.done, what.total))
+        elif now - self._without_island_since >= self._policy.wait_ns:
             retry_ms = 1000
             if self._busy:
                 yield from self._give_up("busy", "every Island that runs this model is busy", retry_ms)
@@ -375,17 +420,27 @@ class JobSupervisor(Generic[P]):
             yield Emit(JobWaiting())
 
     def _fail_attempt(
-        self, now: Instant, peer: P, reason: str, *, disconnect: bool = True, timeout: bool = False
+        self,
+        now: Instant,
+        peer: P,
+        reason: str,
+        *,
+        disconnect: bool = True,
+        timeout: bool = False,
+        blamed: bool = True,
+        avoided: bool = True,
     ) -> Effects[P]:
         yield from self._speed(peer)
         self._peer = None
         self._failures += 1
         self._last_failure = f"{self._name_of(peer)}: {reason}"
-        self._cooldown[peer] = after(now, FAILED_COOLDOWN_NS)
+        if avoided:
+            self._cooldown[peer] = after(now, FAILED_COOLDOWN_NS)
         self._busy -= {peer}
         if disconnect:
             yield Disconnect(peer, reason)
-        yield Emit(IslandFailed(peer, reason, timeout))
+        if blamed:
+            yield Emit(IslandFailed(peer, reason, timeout))
         if self._failures >= self._policy.attempts:
             yield from self._give_up(
                 "exhausted", f"{self._failures} attempts failed, the last at {self._last_failure}"
@@ -442,12 +497,14 @@ class JobSupervisor(Generic[P]):
         if self._state is _State.WAITING:
             if self._without_island_since is None:
                 return None
-            limit = after(self._without_island_since, policy.wait_ns)
-            return min([limit, *self._cooldown.values()])
+            limit = self._not_yet_until or after(self._without_island_since, policy.wait_ns)
+            return min([limit, *self._cooldown.values(), *self._lost.values()])
         if len(self._ids) >= self._granted:
             return None  # paused by the consumer, not stalled
         if len(self._ids) == self._resumed_at:
             return after(self._alive_at, policy.first_token_ns)
+        if self._chain is not None:
+            return after(self._alive_at, policy.chain_stall_ns)
         if self._gap_ns == 0:
             return after(self._alive_at, policy.stall_ns)
         adaptive = max(policy.stall_floor_ns, round(STALL_FACTOR * self._gap_ns))
@@ -459,23 +516,17 @@ class JobSupervisor(Generic[P]):
             self._ids
         ) - self._resumed_at and usage.cached_tokens <= usage.prompt_tokens <= most_prompt_tokens(self._work)
 
-    def _check_receipt(self, now: Instant, peer: P, message: JobDone) -> Receipt | None:
-        try:
-            unix = UnixNs(now + self._unix_offset_ns)
-            opened = open_untrusted(message.receipt, RECEIPT_KIND, RECEIPT, unix)
-        except ProtocolError:
-            return None
-        receipt = opened.body
-        honest = (
-            opened.issuer == peer
-            and receipt.job == self._job
-            and receipt.cargo == self._cargo
-            and receipt.consumer == self._consumer
-            and receipt.started_unix_ns <= receipt.finished_unix_ns
-            and receipt.first == self._resumed_at
-            and receipt.completion_tokens == len(self._ids)
-            and receipt.prompt_tokens == message.usage.prompt_tokens
-            and receipt.seed == self._work.sampling.seed
-            and receipt.output_hash == token_hash(self._ids)
+    def _facts(self, now: Instant) -> Facts:
+        return Facts(
+            job=self._job,
+            cargo=self._cargo,
+            consumer=self._consumer,
+            seed=self._work.sampling.seed,
+            first=self._resumed_at,
+            ids=self._ids,
+            chain=self._chain,
+            unix_now=UnixNs(now + self._unix_offset_ns),
         )
-        return receipt if honest else None
+
+    def _stages(self, now: Instant, message: JobDone | JobError) -> tuple[StageSeen, ...]:
+        return stages_untrusted(message.stages, self._facts(now))

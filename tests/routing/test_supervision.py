@@ -37,6 +37,8 @@ from protocol.machine import Disconnect, Emit, Ordered, PeerLost, Received, Send
 from protocol.work import ChatMessage, ChatPrompt, Generation, Sampling
 from routing.job_events import (
     Abort,
+    Ask,
+    Assignment,
     Consumed,
     IslandFailed,
     IslandsChanged,
@@ -84,12 +86,15 @@ class Bench:
             JOB,
             CARGO,
             work(self.max_tokens),
-            lambda now, excluded, done: next((p for p in self.up if p not in excluded), None),
+            self.place,
             policy=self.policy,
             unix_offset_ns=UNIX,
             name_of=lambda peer: f"island-{PEERS.index(peer)}",
             consumer="c",
         )
+
+    def place(self, _: Instant, ask: Ask[PeerId]) -> Assignment[PeerId] | None:
+        return next((Assignment(p) for p in self.up if p not in ask.excluded), None)
 
     def feed(self, what: object) -> None:
         for effect in self.machine.receive(self.now, what):
