@@ -30,6 +30,7 @@ class Handlers:
         self._limits = limits
         self._counters = counters
         self._handlers: dict[str, Handler] = {}
+        self._bulk: set[str] = set()
         self._of_peer: dict[PeerId, int] = {}
         self._tasks: trio.Nursery | None = None
 
@@ -38,12 +39,14 @@ class Handlers:
         """What is handled, in the order in which it was registered."""
         return tuple(self._handlers)
 
-    def add(self, protocol: str, handler: Handler) -> None:
-        """Raises ValueError if the name is too long or taken."""
+    def add(self, protocol: str, handler: Handler, *, bulk: bool = False) -> None:
+        """`bulk`: on connections for bulk, too. Raises ValueError if the name is too long or taken."""
         line(protocol)
         if protocol in self._handlers:
             raise ValueError(f"{protocol} is handled already")
         self._handlers[protocol] = handler
+        if bulk:
+            self._bulk.add(protocol)
 
     def open(self, tasks: trio.Nursery) -> None:
         """Serve, in this nursery."""
@@ -101,7 +104,7 @@ class Handlers:
         return False
 
     async def _agree(self, stream: Stream) -> Handler | None:
-        responder = Responder(self._handlers.__contains__)
+        responder = Responder(self._bulk.__contains__ if stream.path.bulk else self._handlers.__contains__)
         while responder.agreed is None:
             data = await stream.receive_some(MAX_LINE_BYTES)
             if not data:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -16,7 +17,8 @@ import trio
 
 from node.identity import Identity
 from node.p2p.addresses import Address, addresses_of, parse_peer_address
-from node.p2p.errors import ChannelBroken, StreamBroken, Unreachable
+from node.p2p.bulk import BulkConnections, open_agreed
+from node.p2p.errors import ChannelBroken, Unreachable
 from node.p2p.handlers import Handler, Handlers
 from node.p2p.host_events import (
     AddressesChanged,
@@ -27,7 +29,6 @@ from node.p2p.host_events import (
     PeerDisconnected,
 )
 from node.p2p.limits import HostLimits
-from node.p2p.multistream import MAX_LINE_BYTES, NegotiationFailed, NotSupported, Proposer
 from node.p2p.muxer import Connection
 from node.p2p.noise import HandshakeFailed, Secured
 from node.p2p.relay_dial import PathFilter, is_direct, is_from_listener, is_relayed, open_circuit
@@ -139,18 +140,20 @@ class Host:
         self._held: dict[PeerId, int] = {}
         self._punches: dict[str, PeerId] = {}
         self._dials: dict[PeerId, trio.Lock] = {}
+        self._bulk = BulkConnections(self, limits)
         self._handshakes = trio.CapacityLimiter(limits.max_handshakes)
         self._subscribers: list[Callable[[HostEvent], None]] = []
 
     # --- for users ------------------------------------------------------------------------------
 
-    def handle(self, protocol: str, handler: Handler) -> None:
-        """Give each inbound stream of this protocol to `handler`, in a task of its own.
+    def handle(self, protocol: str, handler: Handler, *, bulk: bool = False) -> None:
+        """Give each inbound stream of this protocol to `handler`, in a task of its own. `bulk`: it may also
+        come on connections for bulk, where nothing else may.
 
         An exception of the handler is logged, counted, and resets that stream only. When it returns, the
         stream is closed. Raises ValueError if the name is too long or taken.
         """
-        self.handlers.add(protocol, handler)
+        self.handlers.add(protocol, handler, bulk=bulk)
 
     def subscribe(self, callback: Callable[[HostEvent], None]) -> Callable[[], None]:
         """Call `callback` at each event, in order, from the task where it happens; it must not raise.
@@ -210,6 +213,15 @@ class Host:
         connection = self._usable(peer)
         return connection.remote if connection else None
 
+    def dialled_at(self, peer: PeerId) -> Address | None:
+        """Where we reached the peer ourselves, if one of its connections was made so."""
+        for connection in self._connections.get(peer, ()):
+            if connection.broken is None and not connection.path.inbound and is_direct(connection.path):
+                host, _, port = connection.remote.rpartition(":")
+                if port.isdigit():
+                    return Address("ip6" if ":" in host else "ip4", host, int(port), peer)
+        return None
+
     def paths(self, peer: PeerId) -> tuple[Path, ...]:
         """Of its connections, in the order in which they came."""
         return tuple(c.path for c in self._connections.get(peer, ()) if c.broken is None)
@@ -225,7 +237,7 @@ class Host:
 
     def streams_of(self, peer: PeerId) -> int:
         """Open streams on all connections to it, whoever opened them."""
-        return sum(len(c.streams) for c in self._connections.get(peer, ()))
+        return sum(len(c.streams) for c in (*self._connections.get(peer, ()), *self._bulk.of(peer)))
 
     @property
     def inbound_streams(self) -> int:
@@ -264,38 +276,26 @@ class Host:
         connection = self._usable(peer, over)
         if connection is None:
             raise Unreachable("not connected" if over is None else "no such connection to the peer")
-        proposer = Proposer(protocol)
-        stream = await connection.open_stream(proposer.opening)
-        agreed = False
-        try:
-            with trio.fail_after(self._limits.negotiation_s):
-                while not proposer.agreed:
-                    data = await stream.receive_some(MAX_LINE_BYTES)
-                    if not data:
-                        raise Unreachable("the peer closed the stream")
-                    proposer.feed_untrusted(data)
-            agreed = True
-        except NotSupported:
-            raise Unreachable(f"the peer does not speak {protocol}") from None
-        except NegotiationFailed as error:
-            raise Unreachable(f"the peer broke the negotiation: {error}") from error
-        except StreamBroken as error:
-            raise Unreachable(error.reason) from error
-        except trio.TooSlowError:
-            raise Unreachable(f"no answer within {self._limits.negotiation_s:g} s") from None
-        finally:
-            if not agreed:
-                stream.reset()
-        stream.protocol = protocol
-        if rest := proposer.rest():
-            stream.unreceive(rest)
-        return stream
+        return await open_agreed(connection, protocol, self._limits.negotiation_s)
+
+    async def open_bulk_stream(self, peer: PeerId, protocol: str, addresses: Iterable[str] = ()) -> Stream:
+        """A new stream on a connection that carries nothing else but its kind (see node/p2p/bulk.py), dialled
+        at `addresses` (full, with /p2p/ID) if there is none. If the peer can only be met at a relay, or knows
+        no such connections, on the one that there is, or at last on a new one. Raises Unreachable.
+        """
+        return await self._bulk.open_stream(peer, protocol, addresses)
+
+    def bulk_connections(self, peer: PeerId) -> int:
+        """How many connections for bulk there are to it."""
+        return len(self._bulk.of(peer))
 
     async def disconnect(self, peer: PeerId, reason: str = "disconnected here") -> None:
         """Drop all connections to it at once, also when it is frozen. Its streams fail."""
         for connection in list(self._connections.get(peer, ())):
             connection.abort(reason)
             self._remove(connection)
+        for connection in self._bulk.of(peer):
+            connection.abort(reason)
         await trio.lowlevel.checkpoint()
 
     # --- for the NAT traversal ------------------------------------------------------------------
@@ -315,19 +315,33 @@ class Host:
         self.counters.connections_dialled += 1
         self._add(secured, path, initiator=True)
 
+    async def dial_bulk(self, target: Address, peer: PeerId) -> Connection:
+        """A new connection for bulk. Raises Unreachable."""
+        if self.closing:
+            raise Unreachable("this node is shutting down")
+        self._check_capacity(peer, Path(bulk=True))
+        with self._as_unreachable():
+            transport = SocketTransport(await dial(target))
+            secured = await self._upgrader.dial(transport, peer, bulk=True)
+        self.counters.connections_dialled += 1
+        return self._add(secured, Path(), initiator=True)
+
     async def join_inbound(self, transport: Transport, path: Path, *, expected: PeerId | None = None) -> PeerId:
         """Make a pipe on which the other side speaks first a connection; who it is. Closes it on failure.
 
         Raises Unreachable.
         """
 
-        def admit(peer: PeerId) -> None:
+        def admit(peer: PeerId, bulk: bool) -> None:  # noqa: FBT001 - the upgrade's own callback
             if expected is not None and peer != expected:
                 raise Unreachable("another peer than the one that was expected")
-            self._check_capacity(peer, path)
+            self._check_capacity(peer, replace(path, bulk=bulk))
+
+        def takes_bulk(peer: PeerId) -> bool:
+            return path == Path(inbound=True) and self._bulk.has_room(peer)
 
         with self._as_unreachable():
-            secured = await self._upgrader.accept(transport, admit)
+            secured = await self._upgrader.accept(transport, admit, takes_bulk)
         self.counters.connections_accepted += 1
         self._add(secured, path, initiator=False)
         return secured.peer
@@ -400,6 +414,8 @@ class Host:
             connections = [
                 c for group in self._connections.values() for c in group if is_relayed(c.path) is relayed
             ]
+            if not relayed:
+                connections += self._bulk.all
             with trio.move_on_at(deadline):
                 async with trio.open_nursery() as nursery:
                     for connection in connections:
@@ -454,10 +470,13 @@ class Host:
             raise Unreachable(f"{self._connection_count} connections are open, as many as are allowed")
         if is_relayed(path) and self._relayed_count >= self._limits.max_relayed_connections:
             raise Unreachable(f"{self._relayed_count} relayed connections are open, as many as are allowed")
-        if len(self._connections.get(peer, ())) >= self._limits.max_connections_per_peer:
+        if path.bulk:
+            if not self._bulk.has_room(peer):
+                raise Unreachable("as many connections for bulk to this peer are open as are allowed")
+        elif len(self._connections.get(peer, ())) >= self._limits.max_connections_per_peer:
             raise Unreachable(f"{self._limits.max_connections_per_peer} connections to this peer are open")
 
-    def _add(self, secured: Secured, path: Path, *, initiator: bool) -> None:
+    def _add(self, secured: Secured, path: Path, *, initiator: bool) -> Connection:
         connection = Connection(
             secured.channel,
             secured.peer,
@@ -466,18 +485,30 @@ class Host:
             counters=self.counters,
             budget=self._budget,
             accept=self.handlers.admit,
-            path=path,
+            path=replace(path, bulk=secured.bulk),
         )
+        self._connection_count += 1
+        if secured.bulk:
+            self._bulk.add(connection)
+            self._connection_tasks.start_soon(self._run_bulk, connection)
+            return connection
         group = self._connections.setdefault(connection.peer, [])
         only_relayed = bool(group) and all(is_relayed(c.path) for c in group)
         group.append(connection)
-        self._connection_count += 1
         self._relayed_count += is_relayed(path)
         self._connection_tasks.start_soon(self._run_connection, connection)
         if len(group) == 1:
             self._publish(PeerConnected(connection.peer))
         elif only_relayed and not is_relayed(path):
             self._publish(PeerDirect(connection.peer))
+        return connection
+
+    async def _run_bulk(self, connection: Connection) -> None:
+        try:
+            await self._bulk.run(connection)
+        finally:
+            self._bulk.remove(connection)
+            self._connection_count -= 1
 
     async def _run_connection(self, connection: Connection) -> None:
         try:

@@ -17,6 +17,16 @@ class HostLimits:
     max_connections_per_peer: int = 4
     """Two arise when both sides dial at once; a restarted peer may overlap with its former self."""
 
+    max_bulk_connections_per_peer: int = 4
+    """Beside those above, for tensors and files: two when both sides dial at once, for each of the two uses."""
+
+    bulk_idle_s: float = 30.0
+    """A bulk connection without streams ends after this long (at the side that was dialled half as much later,
+    so that rarely both end it at once). To dial again costs four round trips."""
+
+    bulk_dial_s: float = 2.0
+    """One address of a peer gets this long for a bulk connection, if there is another way to reach it."""
+
     max_relayed_connections: int = 256
     """Each costs a plain connection plus a stream, and its bytes are sealed twice."""
 

@@ -160,6 +160,8 @@ class Secured:
 
     peer: PeerId
     channel: NoiseChannel
+    bulk: bool = False
+    """The two agreed to keep it for bulk (node/p2p/bulk.py)."""
 
 
 class Credentials:

@@ -34,6 +34,9 @@ class Path:
     inbound: bool = False
     """The peer came to us."""
 
+    bulk: bool = False
+    """For tensors and pieces of files only (node/p2p/bulk.py)."""
+
 
 class Transport(Protocol):
     """A reliable byte pipe with one reader and one writer."""

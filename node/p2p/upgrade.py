@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from node.p2p.errors import ChannelBroken
@@ -15,6 +16,9 @@ from protocol.ids import PeerId, peer_id_untrusted
 
 YAMUX_PROTOCOL: Final = "/yamux/1.0.0"
 
+#: Also yamux. The name says that this connection carries bulk only; who does not know it refuses.
+BULK_PROTOCOL: Final = "/archipelag/bulk-yamux/1.0.0"
+
 
 class Upgrader:
     """Makes secured connections for one identity."""
@@ -23,8 +27,8 @@ class Upgrader:
         self._credentials = Credentials(seed)
         self._limits = limits
 
-    async def dial(self, transport: Transport, peer: PeerId) -> Secured:
-        """Secure a connection on which we speak first, to `peer`. Closes it on failure.
+    async def dial(self, transport: Transport, peer: PeerId, *, bulk: bool = False) -> Secured:
+        """Secure a connection on which we speak first, to `peer`, for `bulk` or all else. Closes it on failure.
 
         It is ours to use only once the other side has admitted us: a host that refuses us for want of room
         does so before its last answer here. Raises HandshakeFailed, ChannelBroken.
@@ -33,7 +37,7 @@ class Upgrader:
             reader = ExactReader(transport)
             await _propose_raw(transport, reader, NOISE_PROTOCOL)
             secured = await self._credentials.dial(transport, reader, peer)
-            rest = await _propose(secured.channel, YAMUX_PROTOCOL)
+            rest = await _propose(secured.channel, BULK_PROTOCOL if bulk else YAMUX_PROTOCOL)
         except NotSupported as error:
             transport.close()
             raise HandshakeFailed("it does not speak noise and yamux") from error
@@ -44,7 +48,7 @@ class Upgrader:
             transport.close()
             raise
         secured.channel.unreceive(rest)
-        return secured
+        return replace(secured, bulk=bulk)
 
     async def prove(self, transport: Transport, peer: PeerId) -> None:
         """Let `peer` prove that it is at the other end, then close. Raises HandshakeFailed, ChannelBroken."""
@@ -57,8 +61,14 @@ class Upgrader:
         finally:
             transport.close()
 
-    async def accept(self, transport: Transport, admit: Callable[[PeerId], None]) -> Secured:
-        """Secure a connection on which the other side speaks first; `admit` raises if we do not want that peer.
+    async def accept(
+        self,
+        transport: Transport,
+        admit: Callable[[PeerId, bool], None],
+        takes_bulk: Callable[[PeerId], bool] = lambda _: False,
+    ) -> Secured:
+        """Secure a connection on which the other side speaks first. `admit(peer, bulk)` raises if we do not
+        want that peer; asked again when it is known what it is for. `takes_bulk`: is there room for one?
 
         Closes it on failure. Raises HandshakeFailed, ChannelBroken, and what `admit` raises.
         """
@@ -66,9 +76,15 @@ class Upgrader:
             reader = ExactReader(transport)
             await _respond_raw(transport, reader, NOISE_PROTOCOL)
             secured = await self._credentials.accept(transport, reader)
-            admit(peer_id_untrusted(secured.peer))
-            rest = await _respond(secured.channel, YAMUX_PROTOCOL)
-            admit(secured.peer)  # others may have come meanwhile
+            peer = peer_id_untrusted(secured.peer)
+            admit(peer, False)
+
+            def speaks(protocol: str) -> bool:
+                return protocol == YAMUX_PROTOCOL or (protocol == BULK_PROTOCOL and takes_bulk(peer))
+
+            protocol, rest = await _respond(secured.channel, speaks)
+            bulk = protocol == BULK_PROTOCOL
+            admit(peer, bulk)  # others may have come meanwhile
         except NegotiationFailed as error:
             transport.close()
             raise HandshakeFailed(str(error)) from error
@@ -79,7 +95,7 @@ class Upgrader:
             transport.close()
             raise
         secured.channel.unreceive(rest)
-        return secured
+        return replace(secured, bulk=bulk)
 
 
 async def _propose_raw(transport: Transport, reader: ExactReader, protocol: str) -> None:
@@ -115,13 +131,13 @@ async def _propose(channel: Channel, protocol: str) -> bytes:
     return proposer.rest()
 
 
-async def _respond(channel: Channel, protocol: str) -> bytes:
-    responder = Responder(protocol.__eq__)
+async def _respond(channel: Channel, speaks: Callable[[str], bool]) -> tuple[str, bytes]:
+    responder = Responder(speaks)
     while responder.agreed is None:
         answer = responder.feed_untrusted(await _receive(channel))
         if answer:
             await _send(channel, answer)
-    return responder.rest()
+    return responder.agreed, responder.rest()
 
 
 async def _send(channel: Channel, data: bytes) -> None:
