@@ -1,0 +1,1 @@
+"""Parts of Cargos: files in pieces, models cut by layers."""
