@@ -203,18 +203,11 @@ def expected_ns(
 
 
 def admitted(now: Instant, island: Island[P], offered: OfferedCargo, query: Query[P]) -> bool:
-    """Whether the job may run there, with the whole Cargo. Cheap checks first; a jurisdiction may cost a
-    millisecond.
+    """Whether the job, or its part of the layers if it offers one, may run there at all. Cheap checks first; a
+    jurisdiction may cost a millisecond.
     """
-    if offered.shard is not None or offered.state == "failed":
-        return False
-    return admissible(now, island, offered, query)
-
-
-def admissible(now: Instant, island: Island[P], offered: OfferedCargo, query: Query[P]) -> bool:
-    """Whether the job, or its part of the Cargo's layers, may run there as far as requirements go."""
     job, outlook, requirements = query.job, query.outlook, query.requirements
-    if island.advert.draining:
+    if island.advert.draining or offered.state == "failed":
         return False
     if outlook.unix_offset_ns is not None and not is_open(
         island.advert.schedule, UnixNs(now + outlook.unix_offset_ns)
@@ -238,14 +231,14 @@ def admissible(now: Instant, island: Island[P], offered: OfferedCargo, query: Qu
 def candidates(
     now: Instant, offers: Iterable[tuple[Island[P], OfferedCargo]], query: Query[P]
 ) -> list[Candidate[P]]:
-    """Those of the Islands that may run the job, in the order given. `IslandBook.offers` gives a Cargo's
-    Islands.
+    """Those of the Islands that may run the job, in the order given; not those that have only a part of the
+    Cargo, or room for one (routing/chains/offers.py). `IslandBook.offers` gives a Cargo's Islands.
     """
     found: list[Candidate[P]] = []
     job, outlook = query.job, query.outlook
     for island, offered in offers:
         peer, advert = island.peer, island.advert
-        if peer in query.excluded or not admitted(now, island, offered, query):
+        if peer in query.excluded or offered.shard is not None or not admitted(now, island, offered, query):
             continue
         rtt_ns = outlook.rtt_of(peer)
         if rtt_ns is None and advert.coordinate:
