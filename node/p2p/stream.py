@@ -146,6 +146,11 @@ class Stream:
         """How its connection reaches the peer."""
         return self._mux.path
 
+    @property
+    def broken(self) -> str | None:
+        """Why it is gone, for who neither reads nor writes just now; None while it is not."""
+        return self._broken
+
     def send_nowait(self, data: bytes) -> bool:
         """Send all of it now, or (False) nothing, because it would have to wait or does not fit one frame.
 

@@ -1,0 +1,364 @@
+"""Links of the ring: to each peer that we feed one that we opened, from each that feeds us one that it opened.
+
+Nobody who sends ever waits. What the network does not take at once lies in the link's outbox, as messages (an
+activation there is the one in the log, not a copy) and up to a bound; a peer that leaves more lying has
+failed us as if it were dead. A process that is killed ends its links at once, because the kernel closes its
+sockets; one that is frozen is found out by the machine's pings.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+import msgspec
+import structlog
+import trio
+
+from node.p2p import Host, Stream, StreamBroken, Unreachable
+from node.rpc import PeerUnreachable
+from node.streams import MessageStream
+from protocol.codec import Codec, Message
+from protocol.errors import ProtocolError
+from protocol.ids import PeerId
+from protocol.limits import KIB, MIB
+from protocol.ring import (
+    FROM_STAGE,
+    RING_PROTOCOL,
+    TO_STAGE,
+    FromStage,
+    RingFeed,
+    RingOpen,
+    RingPing,
+    ToStage,
+)
+
+#: What one link may leave unsent. A replacement is fed the whole log of a session at once: 8192 tokens of a
+#: 70B model in 16 bit are 128 MiB.
+MAX_OUTBOX_BYTES: Final = 256 * MIB
+
+#: What a message without rows counts for in the outbox, and each one besides its payload.
+_MESSAGE_BYTES: Final = KIB
+
+#: Links that we open. A stage feeds one peer per session, and slots are few.
+MAX_DOWNSTREAMS: Final = 64
+
+#: Links that others open. Each may hold a feed that has come in part (MAX_FEED_BYTES).
+MAX_UPSTREAMS: Final = 64
+
+#: An upstream that said nothing for this long (pings count) makes room for another one.
+IDLE_UPSTREAM_S: Final = 30.0
+
+#: To dial, agree on keys and open a stream. Whoever waits for a token has another stage to ask.
+OPEN_S: Final = 5.0
+
+#: A link on which we do not read just now is looked at so often whether it is still there.
+_BROKEN_LOOK_S: Final = 0.2
+
+#: Larger messages never fit one frame.
+_SMALL_BYTES: Final = 60_000
+
+_log = structlog.get_logger("ring")
+
+Reach: TypeAlias = Callable[[PeerId], Awaitable[None]]
+"""Have a connection to the peer, wherever it is. Raises PeerUnreachable."""
+
+
+class LinkUser(msgspec.Struct, frozen=True):
+    """What is told of links, in order, from the task where it happens. None of it may block or raise."""
+
+    received: Callable[[PeerId, ToStage | FromStage], None]
+    downstream_lost: Callable[[PeerId, str], None]
+    upstream_lost: Callable[[PeerId], None]
+    has_room: Callable[[], bool]
+    """May more rows be taken in now?"""
+
+
+@dataclass(slots=True)
+class LinkCounters:
+    """For metrics and tests."""
+
+    opened: int = 0
+    accepted: int = 0
+    refused: int = 0
+    lost: int = 0
+    overflowed: int = 0
+    malformed: int = 0
+    dropped: int = 0
+
+
+def weight_of(message: Message) -> int:
+    """What a message counts for in an outbox, in bytes."""
+    return _MESSAGE_BYTES + (len(message.payload) if isinstance(message, RingFeed) else 0)
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    """Either direction. `stream` is missing while it is being opened."""
+
+    peer: PeerId
+    codec: Codec[ToStage] | Codec[FromStage]
+    stream: Stream | None = None
+    outbox: deque[ToStage | FromStage] = field(default_factory=deque[ToStage | FromStage])
+    queued_bytes: int = 0
+    sending: bool = False
+    wanted: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    heard_at: float = field(default_factory=trio.current_time)
+    reason: str = ""
+
+    def put(self, message: ToStage | FromStage) -> bool:
+        """Send it now or later. False: too much is lying here already."""
+        if self.stream is not None and not self.outbox and not self.sending:
+            weight = weight_of(message)
+            if weight < _SMALL_BYTES:
+                try:
+                    if self.stream.send_nowait(self._frame(message)):
+                        return True
+                except StreamBroken:
+                    return True  # whoever reads the link says so
+        self.outbox.append(message)
+        self.queued_bytes += weight_of(message)
+        self.wanted.set()
+        return self.queued_bytes <= MAX_OUTBOX_BYTES
+
+    def end(self, reason: str) -> None:
+        """Close it at once."""
+        self.reason = self.reason or reason
+        self.scope.cancel()
+        if self.stream is not None:
+            self.stream.reset()
+        self.outbox.clear()
+
+    async def write(self) -> None:
+        """Send what lies in the outbox, until cancelled or broken."""
+        assert self.stream is not None  # noqa: S101 - it is written to once it is open
+        while True:
+            while self.outbox:
+                message = self.outbox.popleft()
+                self.queued_bytes -= weight_of(message)
+                self.sending = True
+                try:
+                    await self.stream.send_all(self._frame(message))
+                finally:
+                    self.sending = False
+            self.wanted = trio.Event()
+            await self.wanted.wait()
+
+    def _frame(self, message: ToStage | FromStage) -> bytes:
+        return self.codec.encode_frame(message)  # type: ignore[arg-type]
+
+
+class RingLinks:
+    """All links of this node. `nursery`: where they live."""
+
+    def __init__(
+        self, host: Host, nursery: trio.Nursery, user: LinkUser, *, reach: Reach | None = None
+    ) -> None:
+        self.counters: Final = LinkCounters()
+        self._host = host
+        self._nursery = nursery
+        self._user = user
+        self._reach = reach
+        self._down: dict[PeerId, _Link] = {}
+        self._up: dict[PeerId, _Link] = {}
+        self._room = trio.lowlevel.ParkingLot()
+        self._closed = False
+        host.handle(RING_PROTOCOL, self._serve, bulk=True)
+
+    @property
+    def downstreams(self) -> tuple[PeerId, ...]:
+        """Whom we feed."""
+        return tuple(self._down)
+
+    @property
+    def upstreams(self) -> tuple[PeerId, ...]:
+        """Who feeds us."""
+        return tuple(self._up)
+
+    def send_to_stage(self, peer: PeerId, message: ToStage) -> None:
+        """Down the ring. A `RingOpen` opens the link if there is none; all else without one is dropped, as its
+        loss was told.
+        """
+        link = self._down.get(peer)
+        if link is None:
+            if not isinstance(message, RingOpen) or self._closed:
+                self.counters.dropped += 1
+                return
+            link = self._open(peer, message)
+            if link is None:
+                self._nursery.start_soon(self._tell_refused, peer)
+                return
+        if not link.put(message):
+            self._overflow(link, self._down)
+
+    def send_from_stage(self, peer: PeerId, message: FromStage) -> None:
+        """Back to who feeds us, on its own link; dropped without one."""
+        link = self._up.get(peer)
+        if link is None:
+            self.counters.dropped += 1
+        elif not link.put(message):
+            self._overflow(link, self._up)
+
+    def drop(self, peer: PeerId, reason: str) -> None:
+        """End the link by which we feed this peer. Nothing is told of it."""
+        link = self._down.pop(peer, None)
+        if link is not None:
+            link.end(reason)
+
+    def note_room(self) -> None:
+        """More rows may be taken in."""
+        self._room.unpark_all()
+
+    def close(self) -> None:
+        """End them all; nothing is told any more."""
+        self._closed = True
+        for link in (*self._down.values(), *self._up.values()):
+            link.end("this node is shutting down")
+
+    # --- out ------------------------------------------------------------------------------------------
+
+    def _open(self, peer: PeerId, message: RingOpen) -> _Link | None:
+        if len(self._down) >= MAX_DOWNSTREAMS:
+            return None
+        link = self._down[peer] = _Link(peer, TO_STAGE)
+        stages = message.chain.stages
+        holders = [h for stage in stages for h in (stage.holder, *stage.spares) if h.peer == peer]
+        addresses = tuple(dict.fromkeys(address for holder in holders for address in holder.addresses))
+        self._nursery.start_soon(self._feed, link, addresses)
+        return link
+
+    async def _tell_refused(self, peer: PeerId) -> None:
+        await trio.lowlevel.checkpoint()
+        if not self._closed and peer not in self._down:
+            self._user.downstream_lost(peer, f"{MAX_DOWNSTREAMS} links are open, as many as are allowed")
+
+    async def _feed(self, link: _Link, addresses: tuple[str, ...]) -> None:
+        """The life of a link that we opened."""
+        reason = "closed by the peer"
+        with link.scope:
+            try:
+                with trio.fail_after(OPEN_S):
+                    link.stream = await self._dial(link.peer, addresses)
+                self.counters.opened += 1
+                await self._run(link, MessageStream(link.stream, TO_STAGE, FROM_STAGE), paced=False)
+            except trio.TooSlowError:
+                reason = f"no answer within {OPEN_S:g} s"
+            except (Unreachable, StreamBroken) as error:
+                reason = error.reason
+            except ProtocolError as error:
+                self.counters.malformed += 1
+                reason = f"broke the protocol: {error.detail}"
+        link.end(reason)
+        if self._down.get(link.peer) is link and not self._closed:
+            del self._down[link.peer]
+            self._lost(link)
+            self._user.downstream_lost(link.peer, link.reason)
+
+    async def _dial(self, peer: PeerId, addresses: tuple[str, ...]) -> Stream:
+        try:
+            return await self._host.open_bulk_stream(peer, RING_PROTOCOL, addresses)
+        except Unreachable as error:
+            if self._reach is None or peer in self._host.connected():
+                raise
+            try:
+                await self._reach(peer)
+            except PeerUnreachable:
+                raise error from None
+            return await self._host.open_bulk_stream(peer, RING_PROTOCOL)
+
+    # --- in -------------------------------------------------------------------------------------------
+
+    async def _serve(self, stream: Stream) -> None:
+        """The life of a link that a peer opened."""
+        if self._closed or not self._make_room(stream.peer):
+            self.counters.refused += 1
+            stream.reset()
+            return
+        link = _Link(stream.peer, FROM_STAGE, stream)
+        before = self._up.get(stream.peer)
+        self._up[stream.peer] = link
+        self.counters.accepted += 1
+        if before is not None:
+            before.end("replaced by a newer link")
+            self._user.upstream_lost(stream.peer)
+        with link.scope:
+            try:
+                await self._run(link, MessageStream(stream, FROM_STAGE, TO_STAGE), paced=True)
+            except StreamBroken as error:
+                link.reason = link.reason or error.reason
+            except ProtocolError as error:
+                self.counters.malformed += 1
+                link.reason = f"broke the protocol: {error.detail}"
+        link.end("closed by the peer")
+        if self._up.get(link.peer) is link:
+            del self._up[link.peer]
+            self._lost(link)
+            if not self._closed:
+                self._user.upstream_lost(link.peer)
+
+    def _make_room(self, peer: PeerId) -> bool:
+        if peer in self._up or len(self._up) < MAX_UPSTREAMS:
+            return True
+        idle = min(self._up.values(), key=lambda link: link.heard_at)
+        if trio.current_time() - idle.heard_at < IDLE_UPSTREAM_S:
+            return False
+        idle.end("another peer needs its place")
+        del self._up[idle.peer]
+        self._user.upstream_lost(idle.peer)
+        return True
+
+    # --- both -----------------------------------------------------------------------------------------
+
+    async def _run(
+        self,
+        link: _Link,
+        messages: MessageStream[ToStage, FromStage] | MessageStream[FromStage, ToStage],
+        *,
+        paced: bool,
+    ) -> None:
+        """Both directions of an open link, until it ends. Raises StreamBroken, ProtocolError.
+
+        `paced`: rows are read only as fast as they can be computed, which their sender feels.
+        """
+        failed: list[StreamBroken | ProtocolError] = []
+
+        async def write() -> None:
+            try:
+                await link.write()
+            except StreamBroken as error:
+                failed.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            try:
+                while (message := await messages.receive()) is not None:
+                    link.heard_at = trio.current_time()
+                    self._user.received(link.peer, message)
+                    if paced and not isinstance(message, RingPing):
+                        await self._wait_for_room(link)
+            except (StreamBroken, ProtocolError) as error:  # here: the nursery would wrap it in a group
+                failed.append(error)
+            nursery.cancel_scope.cancel()
+        if failed:
+            raise failed[0]
+
+    async def _wait_for_room(self, link: _Link) -> None:
+        while not self._user.has_room():
+            if link.stream is not None and link.stream.broken is not None:
+                raise StreamBroken(link.stream.broken)
+            with trio.move_on_after(_BROKEN_LOOK_S):
+                await self._room.park()
+
+    def _overflow(self, link: _Link, group: dict[PeerId, _Link]) -> None:
+        """It does not take what it is sent. Its task tells, so that nobody is told while he is sending."""
+        self.counters.overflowed += 1
+        if group.get(link.peer) is link:
+            link.end(f"{MAX_OUTBOX_BYTES // MIB} MiB lie unsent")
+
+    def _lost(self, link: _Link) -> None:
+        self.counters.lost += 1
+        _log.debug("link lost", peer=link.peer, reason=link.reason)
