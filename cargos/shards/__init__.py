@@ -1,1 +1,1 @@
-"""Parts of Cargos: files in pieces, models cut by layers."""
+"""Models by layers: what is in a GGUF file, how it is cut, where its bytes come from (docs/cargos.md)."""
