@@ -1,0 +1,373 @@
+"""For the benchmarks of chains: a gateway and Islands as processes, on loopback or each in a namespace of the
+delay laboratory, and a client that streams from the gateway as any OpenAI client would.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bench.lab import Lab
+from protocol.dice import Dice
+
+KEY = "ak_bench_0123456789abcdef"
+NAMES = ("coral", "atoll", "lagoon", "reef", "skerry", "cay", "holm", "islet")
+
+#: Slices are cut and models loaded on a machine that does other things too.
+READY_S = 240
+ANSWER_S = 300
+
+#: Of a line of a log, its end: there stands what an exception says.
+LINE_CHARS = 600
+
+WORDS = (
+    *(
+        "harbour",
+        "salt",
+        "wind",
+        "tide",
+        "rope",
+        "sail",
+        "gull",
+        "pier",
+        "storm",
+        "chart",
+        "lamp",
+        "reef",
+        "island",
+    ),
+    *("cloud", "letter", "market", "bread", "candle", "garden", "window", "river", "stone", "copper", "winter"),
+)
+
+
+def prose(dice: Dice, words: int) -> str:
+    """Words in no order, so that no cache knows them and nothing repeats for long."""
+    return " ".join(dice.choice(WORDS) for _ in range(words))
+
+
+@dataclass
+class Answer:
+    """What a client saw. Times are of `time.perf_counter`, in seconds."""
+
+    began: float = 0.0
+    pieces: list[str] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
+    ended: float = 0.0
+    finish: str = ""
+    error: str = ""
+    usage: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.usage.get("completion_tokens", 0))
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.usage.get("prompt_tokens", 0))
+
+    @property
+    def ttft_s(self) -> float:
+        return self.arrivals[0] - self.began
+
+    @property
+    def decode_tps(self) -> float:
+        """Tokens/s behind the first. Those that arrived in the first piece together with it count as later
+        ones; that is one piece in some dozens.
+        """
+        return (self.tokens - 1) / (self.arrivals[-1] - self.arrivals[0])
+
+    @property
+    def longest_gap_s(self) -> float:
+        return max((b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)), default=0.0)
+
+
+class Program:
+    """A process whose output is read as it comes."""
+
+    def __init__(
+        self, label: str, start: Callable[[Sequence[str], dict[str, str]], subprocess.Popen[str]]
+    ) -> None:
+        self.label = label
+        self.lines: list[str] = []
+        self._start = start
+        self._changed = threading.Condition()
+        self.process: subprocess.Popen[str] | None = None
+
+    def begin(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
+        self.process = self._start([sys.executable, "-m", *arguments], environment)
+        threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            with self._changed:
+                self.lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_line(self, start: str) -> str:
+        """The rest of the first line that starts like this. Raises SystemExit if it does not come."""
+        deadline = time.monotonic() + READY_S
+        with self._changed:
+            while True:
+                for line in self.lines:
+                    if line.startswith(start):
+                        return line.removeprefix(start)
+                left = deadline - time.monotonic()
+                if left < 0 or (self.process is not None and self.process.poll() is not None):
+                    raise SystemExit(f"{self.label} did not say {start!r}; it said:\n" + self.last_words())
+                self._changed.wait(min(left, 0.5))
+
+    def last_words(self) -> str:
+        return "\n".join(f"  {self.label}: {line[-LINE_CHARS:]}" for line in self.lines[-12:])
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        process, self.process = self.process, None
+        if process is None:
+            return
+        if process.poll() is None:
+            process.send_signal(number)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class Mesh:
+    """A gateway and its Islands. With a laboratory, the gateway is node 0 of it and Island i node i + 1."""
+
+    def __init__(self, cargo: str, model: str, *, lab: Lab | None = None) -> None:
+        self.cargo, self.model, self.lab = cargo, model, lab
+        self._folder = tempfile.TemporaryDirectory(prefix="archipelag-bench-")
+        self.root = Path(self._folder.name)
+        self.islands: dict[str, Program] = {}
+        self._settings: dict[str, tuple[str, ...]] = {}
+        self.gateway = self._program("gateway", 0)
+        try:
+            self.gateway.begin(
+                [
+                    *("gateway.cli", "run", "--host", self._host(0), "--port", "0", "--log-format", "json"),
+                    *("--data-dir", str(self.root / "gateway"), "--listen", f"/ip4/{self._host(0)}/tcp/0"),
+                    *("--set", "http.requests_per_minute=0"),
+                ],
+                {"ARCHI_API_KEY": KEY},
+            )
+            self.port = int(self.gateway.wait_line("listening ").rsplit(":", 1)[1])
+            self.address = self.gateway.wait_line("mesh ")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for program in (*self.islands.values(), self.gateway):
+            program.end()
+        self._folder.cleanup()
+
+    def _host(self, node: int) -> str:
+        return "127.0.0.1" if self.lab is None else self.lab.address(node)
+
+    def _program(self, label: str, node: int) -> Program:
+        def start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+            full = {
+                **{name: value for name, value in os.environ.items() if name != "ARCHI_CONFIG"},
+                "OMP_NUM_THREADS": "1",
+                "OMP_WAIT_POLICY": "PASSIVE",
+                "PYTHONUNBUFFERED": "1",
+                "NO_COLOR": "1",
+                **environment,
+            }
+            pipe = subprocess.PIPE
+            if self.lab is not None:
+                return self.lab.run(node, command, env=full, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+            return subprocess.Popen(
+                command,
+                env=full,
+                stdin=subprocess.DEVNULL,
+                stdout=pipe,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+
+        return Program(label, start)
+
+    # --- Islands --------------------------------------------------------------------------------
+
+    def start_island(self, name: str, *settings: str) -> None:
+        """Settings as for `archi-node run --set`."""
+        node = 1 + NAMES.index(name)
+        program = self.islands[name] = self._program(name, node)
+        self._settings[name] = settings
+        program.begin(
+            [
+                *(
+                    "node.cli",
+                    "run",
+                    "--name",
+                    name,
+                    "--data-dir",
+                    str(self.root / name),
+                    "--cargo",
+                    self.cargo,
+                ),
+                *("--coordinator", self.address, "--listen", f"/ip4/{self._host(node)}/tcp/0"),
+                *("--log-format", "json", *(part for text in settings for part in ("--set", text))),
+            ],
+            {},
+        )
+
+    def kill_island(self, name: str) -> None:
+        """As by a power cut: the processes that it started go with it by themselves."""
+        self.islands[name].end(signal.SIGKILL)
+
+    def restart_island(self, name: str) -> None:
+        self.start_island(name, *self._settings[name])
+
+    def signal_island(self, name: str, number: int) -> None:
+        process = self.islands[name].process
+        assert process is not None
+        process.send_signal(number)
+
+    # --- asking ---------------------------------------------------------------------------------
+
+    def _connect(self) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection(self._host(0), self.port, timeout=ANSWER_S)
+
+        def open_socket() -> socket.socket:
+            made = socket.create_connection((self._host(0), self.port), ANSWER_S)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return made
+
+        connection.sock = open_socket() if self.lab is None else self.lab.inside(0, open_socket)
+        return connection
+
+    def get(self, path: str) -> Any:  # noqa: ANN401 - JSON
+        connection = self._connect()
+        connection.request("GET", path, headers={"Authorization": f"Bearer {KEY}"})
+        response = connection.getresponse()
+        body = response.read()
+        connection.close()
+        return json.loads(body) if response.status == 200 else None
+
+    def ask(
+        self, prompt: str, tokens: int, *, at: Callable[[Answer], None] | None = None, **fields: object
+    ) -> Answer:
+        """Stream an answer, greedy unless `fields` say otherwise; `at` is called after each piece."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "max_tokens": tokens,
+            "temperature": 0,
+            "seed": 1,
+            "ignore_eos": True,
+            "timeout_s": ANSWER_S,
+            **fields,
+        }
+        answer = Answer()
+        connection = self._connect()
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        answer.began = time.perf_counter()
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            answer.error = f"{response.status}: {response.read(2000).decode('utf-8', 'replace')}"
+        else:
+            self._read(response, answer, at)
+        answer.ended = time.perf_counter()
+        connection.close()
+        return answer
+
+    @staticmethod
+    def _read(response: http.client.HTTPResponse, answer: Answer, at: Callable[[Answer], None] | None) -> None:
+        while line := response.readline():
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                answer.error = chunk["error"]["message"]
+                return
+            answer.usage = chunk.get("usage") or answer.usage
+            for choice in chunk["choices"]:
+                answer.finish = choice["finish_reason"] or answer.finish
+                if choice["delta"].get("content"):
+                    answer.pieces.append(choice["delta"]["content"])
+                    answer.arrivals.append(time.perf_counter())
+                    if at is not None:
+                        at(answer)
+
+    def ask_many(self, prompts: Sequence[str], tokens: int) -> list[Answer]:
+        answers: list[Answer] = [Answer() for _ in prompts]
+
+        def one(index: int) -> None:
+            answers[index] = self.ask(prompts[index], tokens)
+
+        threads = [threading.Thread(target=one, args=(index,)) for index in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for answer in answers:
+            checked(answer)
+        return answers
+
+    def wait_answers(self) -> None:
+        """Until the model answers. Raises SystemExit with what the processes said last if it does not."""
+        deadline = time.monotonic() + READY_S
+        answer = Answer(error="nothing was asked")
+        while time.monotonic() < deadline:
+            if self.get(f"/v1/models/{self.model}") is not None:
+                answer = self.ask("Hello", 2)
+                if not answer.error and answer.finish:
+                    return
+                if answer.error.startswith("500"):  # ours to repair; it will not go away
+                    break
+            for name, island in self.islands.items():
+                if island.process is not None and island.process.poll() is not None:
+                    raise SystemExit(f"{name} ended:\n{island.last_words()}")
+            time.sleep(0.5)
+        words = "\n".join(island.last_words() for island in self.islands.values())
+        raise SystemExit(f"the model does not answer: {answer.error}\n{self.gateway.last_words()}\n{words}")
+
+
+def checked(answer: Answer) -> Answer:
+    """The answer itself. Raises SystemExit if it was none: a figure of it would mean nothing."""
+    if answer.error or not answer.finish or len(answer.arrivals) < 1:
+        raise SystemExit(f"no answer: {answer.error or answer.finish or 'the stream broke'}")
+    return answer
+
+
+@contextmanager
+def meshes(*made: Callable[[], Mesh]) -> Generator[list[Mesh]]:
+    """Several at a time, all closed at the end."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(make()) for make in made]
