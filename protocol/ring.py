@@ -52,6 +52,12 @@ MAX_STAGES: Final = 8
 #: Stages that may take over at one place. The next one is asked when the one before it does not answer.
 MAX_SPARES: Final = 3
 
+#: Replacements of one session that are told round the ring: each place may be taken by its spares in turn.
+MAX_LOSSES: Final = MAX_STAGES * (1 + MAX_SPARES)
+
+#: A reason in one of them: a word and a short detail.
+MAX_LOSS_CHARS: Final = 100
+
 #: The deepest model known has 126 layers; room for four times that.
 MAX_LAYERS: Final = 512
 
@@ -141,12 +147,24 @@ def merged(ours: Chain, theirs: Chain) -> Chain:
     return msgspec.structs.replace(ours, stages=stages)
 
 
-class RingOpen(Message, frozen=True, gc=False, tag="ro"):
-    """Session `session` runs through you at place `index` of `chain` from now on; I feed you.
+class StageLoss(Part, frozen=True, gc=False, array_like=True):
+    """Who had place `index` of a session and was replaced there. `failed`: false if it only had no room."""
 
-    `upto`: rows from here on that you may have of it are void (0 rows for a new session). `prompt`: rows of
-    the prompt, known to the head. `deterministic`: computed alone, the prompt in steps of 32 rows on a fixed
-    grid, each later row alone, so that a replay makes the same numbers bit for bit.
+    peer: PeerText
+    index: Annotated[int, Meta(ge=0, lt=MAX_STAGES)]
+    generation: Annotated[int, Meta(ge=0, le=1 << 31)]
+    failed: bool = True
+    reason: Annotated[str, Meta(max_length=MAX_LOSS_CHARS)] = ""
+
+
+class RingOpen(Message, frozen=True, gc=False, tag="ro"):
+    """Session `session` runs through you at place `index` of `chain` from now on; I feed you. Sent again when
+    the account of the chain has changed; it goes on round the ring until everybody knows.
+
+    `began`: when this head began with it (its civil time, ms). A later head's word counts more: what the
+    stages have from row `upto` on is void once such a one opens them. `prompt`: rows of the prompt.
+    `deterministic`: computed alone, the prompt in steps of 32 rows on a fixed grid, each later row alone, so
+    that a replay makes the same numbers bit for bit. `losses`: whom the session has lost so far.
     """
 
     max_bytes: ClassVar[int] = 96 * KIB
@@ -158,12 +176,17 @@ class RingOpen(Message, frozen=True, gc=False, tag="ro"):
     prompt: Rows
     consumer: PeerText
     deterministic: bool = False
+    began: _Count = 0
+    losses: Annotated[tuple[StageLoss, ...], Meta(max_length=MAX_LOSSES)] = ()
 
 
 class RingFeed(Message, frozen=True, gc=False, tag="rf"):
-    """Rows `position` to `position + rows`. What the stage has from `position` on is forgotten first (drafts
-    that were wrong). `payload`: at place 0 token ids (uint32, little-endian), elsewhere activations in the
-    chain's dtype.
+    """Rows `position` to `position + rows`. `payload`: at place 0 token ids (uint32, little-endian), elsewhere
+    activations in the chain's dtype.
+
+    `turn`: how often the head had changed its mind (drafts that were wrong) when it asked for these rows. A
+    turn that the stage has not seen yet voids what it has from `position` on. Otherwise the rows are part of
+    what it is fed anyway, maybe once more: those that it has already are passed over.
     """
 
     max_bytes: ClassVar[int] = MAX_FEED_BYTES + 256
@@ -172,15 +195,19 @@ class RingFeed(Message, frozen=True, gc=False, tag="rf"):
     position: Rows
     rows: Annotated[int, Meta(ge=1, le=MAX_FEED_ROWS)]
     payload: Annotated[bytes, Meta(min_length=1, max_length=MAX_FEED_BYTES)]
+    turn: _Count = 0
 
 
 class RingEnd(Message, frozen=True, gc=False, tag="re"):
-    """The session is over. Each stage adds its receipt and passes it on; the head gets them all."""
+    """The session is over. Each stage adds its receipt and passes it on; the head gets them all. `hops`: per
+    place, from 0 on, what the stage before it measured from feed to acknowledgement, per row.
+    """
 
     max_bytes: ClassVar[int] = MAX_STAGES * (MAX_RECEIPT_BYTES + KIB)
 
     session: SessionId
     receipts: Annotated[tuple[Envelope, ...], Meta(max_length=MAX_STAGES)] = ()
+    hops: Annotated[tuple[_Nanos, ...], Meta(max_length=MAX_STAGES)] = ()
 
 
 class RingPing(Message, frozen=True, gc=False, tag="rp"):
@@ -188,10 +215,16 @@ class RingPing(Message, frozen=True, gc=False, tag="rp"):
 
 
 class RingOpened(Message, frozen=True, gc=False, tag="rd"):
-    """Rows below `have` are in this stage's memory."""
+    """Rows below `have` are in this stage's memory, and it knows of all turns up to `turn`. `began`: of which
+    head this speaks. `again`: said unasked: the stage has lost rows (its engine died, its log was too large),
+    so send from `have` on once more.
+    """
 
     session: SessionId
     have: Rows
+    turn: _Count = 0
+    began: _Count = 0
+    again: bool = False
 
 
 class RingAck(Message, frozen=True, gc=False, tag="ra"):
@@ -265,8 +298,8 @@ class StageWork(Part, frozen=True, gc=False):
     receipt: Envelope | None = None
 
 
-#: Stages and those that were replaced on the way: each place may be taken by its spares in turn.
-MAX_STAGE_WORKS: Final = MAX_STAGES * (1 + MAX_SPARES)
+#: Stages and those that were replaced on the way.
+MAX_STAGE_WORKS: Final = MAX_STAGES + MAX_LOSSES
 
 ToStage: TypeAlias = RingOpen | RingFeed | RingEnd | RingPing
 FromStage: TypeAlias = RingOpened | RingAck | RingFault | RingPong
