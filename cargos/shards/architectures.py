@@ -2,7 +2,8 @@
 
 llama.cpp runs a slice as if it were a small model of its own: layer k of the slice is layer `first + k` of the
 whole. So whatever it derives from a layer's number or from their count must be written into the slice. An
-architecture stands in `KNOWN` once tests/cargos/shards has shown that a chain of slices computes what the whole model does.
+architecture stands in `KNOWN` once tests/cargos/shards has shown that a chain of slices computes what the whole
+model does.
 """
 
 from __future__ import annotations

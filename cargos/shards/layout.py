@@ -6,7 +6,8 @@ GGUF file looks. Pure.
     last slice     layers, final norm, vocabulary head, tokenizer; takes rows
 
 A slice is a GGUF file that llama.cpp loads as a model of its own. Keys of ours in it: `slice.first`,
-`slice.last`, `slice.of` (layers of the whole), `slice.input_scale` (rows must be multiplied by it before they are fed in).
+`slice.last`, `slice.of` (layers of the whole), `slice.input_scale` (rows must be multiplied by it before
+they are fed in).
 """
 
 from __future__ import annotations
