@@ -184,14 +184,14 @@ async def test_a_job_that_kills_workers_is_found_and_the_others_are_answered(
     async with open_llama(llama_spec(), LlamaOptions(max_restarts=8)) as runtime:
         await runtime.ready()
         poison = chat("I am the killer.", max_tokens=5)
-        submit = runtime._submit
+        submit = runtime._jobs._to_worker
 
         def submit_and_kill(session) -> None:
             submit(session)
             if session.work is poison:
                 os.kill(runtime.worker_pid, signal.SIGKILL)
 
-        monkeypatch.setattr(runtime, "_submit", submit_and_kill)
+        monkeypatch.setattr(runtime._jobs, "_to_worker", submit_and_kill)
         answers = []
 
         async def innocent(n: int) -> None:

@@ -217,15 +217,19 @@ class Context:
         params.flash_attn_type = (
             _c.LLAMA_FLASH_ATTN_TYPE_AUTO if flash_attention else _c.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
+        self._adjust(params)
         self._ctx = _c.llama_init_from_model(model.handle, params)
         if not self._ctx:
             raise NativeError(f"no memory for {n_seq} x {context_length} tokens: {_log.last_words()}")
         self._memory = _c.llama_get_memory(self._ctx)
         self.n_batch: Final = n_batch
         self.n_seq: Final = n_seq
-        self.n_outputs_max: Final = int(params.n_outputs_max)
+        self.n_outputs_max: Final = int(params.n_outputs_max) or n_batch
         self._row_type = ctypes.c_float * model.n_vocab
         self._init_batch()
+
+    def _adjust(self, params: Any) -> None:  # noqa: ANN401  (a C structure)
+        """For kinds of contexts that want it otherwise."""
 
     def _init_batch(self) -> None:
         n = self.n_batch
@@ -235,16 +239,20 @@ class Context:
         self._want = np.zeros(n, np.int8)
         self._ones = np.ones(n, np.int32)
         self._seq_pointers = self._seq.ctypes.data + 4 * np.arange(n, dtype=np.uint64)
+        self._batch = self._new_batch("token", self._token, ctypes.c_int32)
+
+    def _new_batch(self, field: str, values: NDArray[Any], kind: type[Any]) -> Any:  # noqa: ANN401  (a C structure)
+        """A batch whose input is in `values`."""
         batch = _c.llama_batch()
-        for field, array, kind in (
-            ("token", self._token, ctypes.c_int32),
+        for name, array, element in (
+            (field, values, kind),
             ("pos", self._pos, ctypes.c_int32),
             ("n_seq_id", self._ones, ctypes.c_int32),
             ("seq_id", self._seq_pointers, ctypes.POINTER(ctypes.c_int32)),
             ("logits", self._want, ctypes.c_int8),
         ):
-            setattr(batch, field, ctypes.cast(array.ctypes.data, ctypes.POINTER(kind)))
-        self._batch = batch
+            setattr(batch, name, ctypes.cast(array.ctypes.data, ctypes.POINTER(element)))
+        return batch
 
     def close(self) -> None:
         if self._ctx:
@@ -259,22 +267,35 @@ class Context:
         It is computed in one go if the sequences are consecutive numbers in rising order, else in several.
         Raises ValueError on arguments that would abort the process, NativeError if the computation failed.
         """
-        n = len(tokens)
-        if not 1 <= n <= self.n_batch or len(positions) != n or len(sequences) != n:
-            raise ValueError(f"a batch of {n}/{len(positions)}/{len(sequences)} does not fit {self.n_batch}")
-        if len(wanted) > self.n_outputs_max:
-            raise ValueError(f"{len(wanted)} rows of logits, at most {self.n_outputs_max}")
+        if len(tokens) != len(positions):
+            raise ValueError(f"{len(tokens)} tokens for {len(positions)} positions")
         if min(tokens) < 0 or max(tokens) >= self._model.n_vocab:
             raise ValueError("a token id outside the vocabulary")
+        if len(tokens) > self.n_batch:
+            raise ValueError(f"{len(tokens)} tokens, at most {self.n_batch}")
+        self._token[: len(tokens)] = tokens
+        self._compute(self._batch, positions, sequences, wanted)
+
+    def _compute(
+        self,
+        batch: Any,  # noqa: ANN401  (a C structure)
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        wanted: Sequence[int],
+    ) -> None:
+        n = len(positions)
+        if not 1 <= n <= self.n_batch or len(sequences) != n:
+            raise ValueError(f"a batch of {n}/{len(sequences)} does not fit {self.n_batch}")
+        if len(wanted) > self.n_outputs_max:
+            raise ValueError(f"{len(wanted)} rows of output, at most {self.n_outputs_max}")
         if min(sequences) < 0 or max(sequences) >= self.n_seq or min(positions) < 0:
             raise ValueError("a sequence or position out of range")
-        self._token[:n] = tokens
         self._pos[:n] = positions
         self._seq[:n] = sequences
         self._want[:n] = 0
         self._want[list(wanted)] = 1
-        self._batch.n_tokens = n
-        status = _c.llama_decode(self._ctx, self._batch)
+        batch.n_tokens = n
+        status = _c.llama_decode(self._ctx, batch)
         if status != 0:
             raise NativeError(f"llama_decode returned {status}: {_log.last_words()}")
 
@@ -293,6 +314,25 @@ class Context:
     def cut(self, sequence: int, start: int) -> bool:
         """Forget a sequence's positions from `start` on. False if this memory can only forget all of it."""
         return bool(_c.llama_memory_seq_rm(self._memory, sequence, start, -1))
+
+    def export(self, sequence: int) -> bytes:
+        """A sequence's memory, for `load` of a context of the same model and kind."""
+        size = _c.llama_state_seq_get_size(self._ctx, sequence)
+        buffer = (ctypes.c_uint8 * max(1, size))()
+        return bytes(buffer[: _c.llama_state_seq_get_data(self._ctx, buffer, size, sequence)])
+
+    def load(self, sequence: int, data: bytes) -> bool:
+        """Put in what `export` gave; what the sequence had is gone. False if it does not fit this context.
+
+        The library checks sizes and kinds, not more: never give it bytes that are not from one of our own.
+        """
+        self.cut(sequence, 0)
+        buffer = (ctypes.c_uint8 * max(1, len(data))).from_buffer_copy(data or b"\0")
+        taken = _c.llama_state_seq_set_data(self._ctx, buffer, len(data), sequence)
+        if taken != len(data):
+            self.cut(sequence, 0)
+            return False
+        return True
 
     def copy(self, source: int, target: int, length: int) -> bool:
         """Give `target` the first `length` positions of `source`; what it had is gone.

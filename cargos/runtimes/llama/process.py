@@ -8,22 +8,13 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Generic
 
 import trio
 
 import cargos
-from cargos.runtimes.llama.wire import (
-    BEAT_INTERVAL_S,
-    FROM_WORKER,
-    READ_BYTES,
-    TO_WORKER,
-    Beat,
-    FromWorker,
-    Load,
-    ToWorker,
-)
-from protocol.codec import FrameBuffer
+from cargos.runtimes.llama.wire import BEAT_INTERVAL_S, READ_BYTES, Beat, From, To, WorkerKind
+from protocol.codec import Codec, FrameBuffer
 from protocol.errors import ProtocolError
 
 #: Lines of the worker's stderr that are kept for error details.
@@ -38,16 +29,17 @@ class WorkerDied(Exception):
     """It ended, froze or talked nonsense. The message says how, with its last words."""
 
 
-class Outbox:
+class Outbox(Generic[To]):
     """Frames that wait for the worker's stdin. Never blocks. Bounded by the jobs that are open and their
     grants, which a job service sends once per window of tokens.
     """
 
-    def __init__(self) -> None:
-        self._frames: deque[ToWorker] = deque()
+    def __init__(self, codec: Codec[To]) -> None:
+        self._codec = codec
+        self._frames: deque[To] = deque()
         self._event = trio.Event()
 
-    def put(self, message: ToWorker) -> None:
+    def put(self, message: To) -> None:
         self._frames.append(message)
         self._event.set()
 
@@ -58,7 +50,7 @@ class Outbox:
             await self._event.wait()
         frames = list(self._frames)
         self._frames.clear()
-        return b"".join(TO_WORKER.encode_frame(frame) for frame in frames)
+        return b"".join(self._codec.encode_frame(frame) for frame in frames)
 
 
 def _environment() -> dict[str, str]:
@@ -72,7 +64,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-class WorkerProcess:
+class WorkerProcess(Generic[To, From]):
     """`run` lives as long as the process. `on_frame` is called with each frame but beats, in order, and must
     not block; it may raise ValueError to declare the worker broken.
 
@@ -82,14 +74,16 @@ class WorkerProcess:
 
     def __init__(
         self,
-        load: Load,
-        on_frame: Callable[[FromWorker], None],
+        kind: WorkerKind[To, From],
+        load: To,
+        on_frame: Callable[[From], None],
         is_due: Callable[[], bool],
         *,
         silence_s: float,
         stall_s: float,
     ) -> None:
-        self.outbox: Final = Outbox()
+        self._kind = kind
+        self.outbox: Final[Outbox[To]] = Outbox(kind.to_worker)
         self.outbox.put(load)
         self.pid = 0
         self._on_frame = on_frame
@@ -105,7 +99,7 @@ class WorkerProcess:
         """Raises WorkerDied at its end. On cancellation the process is ended and reaped first."""
         try:
             process = await trio.lowlevel.open_process(
-                [sys.executable, "-P", "-m", "cargos.runtimes.llama.worker"],
+                [sys.executable, "-P", "-m", self._kind.module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -131,7 +125,7 @@ class WorkerProcess:
     async def _read(self, process: trio.Process) -> None:
         stdout = process.stdout
         assert stdout is not None  # noqa: S101  (PIPE was asked for; tells the type checker)
-        buffer = FrameBuffer(FROM_WORKER)
+        buffer = FrameBuffer(self._kind.from_worker)
         try:
             while chunk := await stdout.receive_some(READ_BYTES):
                 for frame in buffer.feed_untrusted(chunk):

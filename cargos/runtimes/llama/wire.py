@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Final, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import ClassVar, Final, Generic, Literal, TypeAlias, TypeVar
 
 from cargos.runtimes.base import Finished
 from protocol.codec import Codec, Message
@@ -17,11 +18,24 @@ _MAX_FRAME_BYTES: Final = 8 * MAX_OFFER_BYTES
 BEAT_INTERVAL_S: Final = 0.5
 
 
-class _Frame(Message, frozen=True, gc=False):
+To = TypeVar("To", bound=Message)
+From = TypeVar("From", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerKind(Generic[To, From]):
+    """Which module a worker process runs (it is started with nothing else), and what the two say."""
+
+    module: str
+    to_worker: Codec[To]
+    from_worker: Codec[From]
+
+
+class Frame(Message, frozen=True, gc=False):
     max_bytes: ClassVar[int] = _MAX_FRAME_BYTES
 
 
-class Load(_Frame, frozen=True, gc=False, tag="load"):
+class Load(Frame, frozen=True, gc=False, tag="load"):
     """First frame: which model, and how to run it. `lanes`: deterministic jobs at a time."""
 
     paths: tuple[str, ...]
@@ -33,43 +47,43 @@ class Load(_Frame, frozen=True, gc=False, tag="load"):
     lanes: int
 
 
-class Submit(_Frame, frozen=True, gc=False, tag="submit"):
+class Submit(Frame, frozen=True, gc=False, tag="submit"):
     id: int
     work: Generation
     resume: tuple[int, ...]
     granted: int
 
 
-class Grant(_Frame, frozen=True, gc=False, tag="grant"):
+class Grant(Frame, frozen=True, gc=False, tag="grant"):
     id: int
     until: int
 
 
-class Cancel(_Frame, frozen=True, gc=False, tag="cancel"):
+class Cancel(Frame, frozen=True, gc=False, tag="cancel"):
     id: int
 
 
-class Beat(_Frame, frozen=True, gc=False, tag="beat"):
+class Beat(Frame, frozen=True, gc=False, tag="beat"):
     pass
 
 
-class Loading(_Frame, frozen=True, gc=False, tag="loading"):
+class Loading(Frame, frozen=True, gc=False, tag="loading"):
     """Bytes."""
 
     done: int
     total: int
 
 
-class Ready(_Frame, frozen=True, gc=False, tag="ready"):
+class Ready(Frame, frozen=True, gc=False, tag="ready"):
     decode_tps: float
     prefill_tps: float
 
 
-class LoadFailed(_Frame, frozen=True, gc=False, tag="load-failed"):
+class LoadFailed(Frame, frozen=True, gc=False, tag="load-failed"):
     detail: str
 
 
-class Refused(_Frame, frozen=True, gc=False, tag="refused"):
+class Refused(Frame, frozen=True, gc=False, tag="refused"):
     id: int
     code: Literal["too-long", "invalid"]
     detail: str
@@ -101,7 +115,7 @@ class Update(Part, frozen=True, gc=False, array_like=True):
     failed: str = ""
 
 
-class Step(_Frame, frozen=True, gc=False, tag="step"):
+class Step(Frame, frozen=True, gc=False, tag="step"):
     updates: tuple[Update, ...]
     active: int
     queued: int
@@ -112,8 +126,9 @@ class Step(_Frame, frozen=True, gc=False, tag="step"):
 ToWorker: TypeAlias = Load | Submit | Grant | Cancel
 FromWorker: TypeAlias = Beat | Loading | Ready | LoadFailed | Refused | Step
 
-TO_WORKER: Final[Codec[ToWorker]] = Codec(ToWorker)
-FROM_WORKER: Final[Codec[FromWorker]] = Codec(FromWorker)
+LLAMA: Final[WorkerKind[ToWorker, FromWorker]] = WorkerKind(
+    "cargos.runtimes.llama.worker", Codec(ToWorker), Codec(FromWorker)
+)
 
 #: One read from the pipe.
 READ_BYTES: Final = 64 * KIB
