@@ -19,6 +19,9 @@ BENCHMARKS = {
     "dht": "45 real peers, 90 lookups at once: our DHT against py-libp2p's kad_dht",
     "dht_lookup": "lookups in a simulated network: RTT-aware buckets against plain ones",
     "sim_events": "events/s of the simulator's world against SimPy on the same toy",
+    "chain": "chains of 2 and 3 Islands against one with the whole model, 1 and 8 sessions",
+    "chain_latency": "a chain with distance between its stages: share of the bound, with and without drafts",
+    "chain_recovery": "stages killed in mid-answer: how long the pause, and is the text the same",
     "continuation": "how often a continuation equals the undisturbed run",
 }
 

@@ -15,14 +15,29 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from bench.lab import Lab
+from cargos.resolve import resolve_cargo
 from protocol.dice import Dice
+from protocol.limits import MIB
+from routing.chains.plan import ModelShape
+
+#: The demo's Cargo: small enough for a benchmark of minutes.
+CARGO = "smollm2-135m"
+
+#: Sessions at a time in each stage, and tokens in each.
+SLOTS = 8
+CONTEXT = 2048
+
+#: An Island's setting: memory for layers of Cargos, in MiB; 0: all there is.
+MEMORY_SETTING = "engine.memory_mib"
+#: And whether heads draft.
+DRAFTS_SETTING = "engine.drafts"
 
 KEY = "ak_bench_0123456789abcdef"
 NAMES = ("coral", "atoll", "lagoon", "reef", "skerry", "cay", "holm", "islet")
@@ -256,6 +271,51 @@ class Mesh:
         assert process is not None
         process.send_signal(number)
 
+    # --- chains ---------------------------------------------------------------------------------
+
+    def _told(self, key: str) -> dict[str, Any] | None:
+        """The gateway's latest line of log with this key."""
+        for line in reversed(self.gateway.lines):
+            if line.startswith("{") and f'"{key}"' in line:
+                said = json.loads(line)
+                if key in said:
+                    return said
+        return None
+
+    def layout(self) -> tuple[list[tuple[str, int, int]], list[tuple[str, int, int]]]:
+        """Stages, the head last, and spares: (Island, first layer, last exclusive). Empty: no chain stands."""
+        for line in reversed(self.gateway.lines):
+            if '"chain ready"' in line:
+                said = json.loads(line)
+                return [tuple(part) for part in said["stages"]], [tuple(part) for part in said["spares"]]
+            if '"chain incomplete"' in line or '"no chain"' in line:
+                break
+        return [], []
+
+    def layout_words(self) -> str:
+        stages, spares = self.layout()
+        words = ", ".join(f"{name} {first}-{last - 1}" for name, first, last in stages)
+        standing = ", ".join(f"{name} {first}-{last - 1}" for name, first, last in spares)
+        return (words or "one Island with all layers") + (f"; spares {standing}" if standing else "")
+
+    def serving(self) -> list[str]:
+        """The Islands of the last job that began, the head last."""
+        said = self._told("rtt_ms") or {}
+        if "layers" not in said:
+            raise SystemExit("the gateway told of no chain for its last job")
+        return [part.rsplit(" ", 1)[0] for part in said["layers"].split(", ")]
+
+    def wait_spares(self) -> None:
+        """Until each stage has a spare again."""
+        deadline = time.monotonic() + READY_S
+        while time.monotonic() < deadline:
+            stages, spares = self.layout()
+            ranges = {(first, last) for _, first, last in stages}
+            if ranges and ranges == {(first, last) for _, first, last in spares}:
+                return
+            time.sleep(0.2)
+        raise SystemExit(f"not every stage has a spare: {self.layout_words()}\n{self.gateway.last_words()}")
+
     # --- asking ---------------------------------------------------------------------------------
 
     def _connect(self) -> http.client.HTTPConnection:
@@ -278,7 +338,12 @@ class Mesh:
         return json.loads(body) if response.status == 200 else None
 
     def ask(
-        self, prompt: str, tokens: int, *, at: Callable[[Answer], None] | None = None, **fields: object
+        self,
+        prompt: str,
+        tokens: int,
+        *,
+        at: Callable[[Answer], None] | None = None,
+        **fields: Any,  # noqa: ANN401 - JSON
     ) -> Answer:
         """Stream an answer, greedy unless `fields` say otherwise; `at` is called after each piece."""
         body = {
@@ -366,8 +431,60 @@ def checked(answer: Answer) -> Answer:
     return answer
 
 
+def memory_mib(cargo: str, stages: int) -> int:
+    """What each Island gets, so that so many are needed and suffice. Raises SystemExit if it can not be."""
+    sharding = resolve_cargo(cargo).manifest.sharding
+    if sharding is None:
+        raise SystemExit(f"{cargo} can not be spread: its manifest does not say how")
+    shape = ModelShape.of_sharding(sharding, slots=SLOTS, context=CONTEXT)
+
+    def needed(room_bytes: int) -> int:
+        """Stages, each as full as it goes."""
+        count = at = 0
+        while at < shape.layers:
+            last = at
+            while last < shape.layers and shape.bytes_of(at, last + 1) <= room_bytes:
+                last += 1
+            if last == at:
+                return shape.layers + 1
+            count, at = count + 1, last
+        return count
+
+    room_mib = 1
+    while needed(room_mib * MIB) > stages:
+        room_mib += 1
+    roomier = room_mib + room_mib // 16  # not only one cut fits
+    room_mib = roomier if needed(roomier * MIB) == stages else room_mib
+    if needed(room_mib * MIB) != stages:
+        raise SystemExit(f"{cargo} has no cut into {stages} parts that are about even")
+    return room_mib
+
+
 @contextmanager
-def meshes(*made: Callable[[], Mesh]) -> Generator[list[Mesh]]:
-    """Several at a time, all closed at the end."""
-    with ExitStack() as stack:
-        yield [stack.enter_context(make()) for make in made]
+def open_whole(cargo: str) -> Generator[Mesh]:
+    """One Island with all layers."""
+    with Mesh(cargo, cargo) as mesh:
+        mesh.start_island(NAMES[0], f"engine.slots={SLOTS}", f"engine.context_length={CONTEXT}")
+        mesh.wait_answers()
+        yield mesh
+
+
+@contextmanager
+def open_chain(
+    cargo: str, stages: int, *, spares: bool = False, drafts: bool = True, lab: Lab | None = None
+) -> Generator[Mesh]:
+    """So many Islands that none has room for all (twice as many with spares), and a chain over them."""
+    room_mib = memory_mib(cargo, stages)
+    with Mesh(cargo, cargo, lab=lab) as mesh:
+        for name in NAMES[: stages * (2 if spares else 1)]:
+            mesh.start_island(
+                name,
+                *(f"engine.slots={SLOTS}", f"engine.context_length={CONTEXT}"),
+                *(f"{MEMORY_SETTING}={room_mib}", f"{DRAFTS_SETTING}={'true' if drafts else 'false'}"),
+            )
+        mesh.wait_answers()
+        if spares:
+            mesh.wait_spares()
+        if len(mesh.serving()) != stages:
+            raise SystemExit(f"a chain of {stages} was wanted: {mesh.layout_words()}")
+        yield mesh
