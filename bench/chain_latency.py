@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,8 @@ TOKENS = 64
 
 PASSAGE = (
     "Llamas are social animals and live with others as a herd. Their wool is soft and contains only a small "
-    "amount of lanolin. Llamas can learn simple tasks after a few repetitions. When using a pack, they can carry about "
-    "25 to 30 percent of their body weight for 8 to 13 km."
+    "amount of lanolin. Llamas can learn simple tasks after a few repetitions. When using a pack, they can carry "
+    "about 25 to 30 percent of their body weight for 8 to 13 km."
 )
 
 #: Ordinary text is sampled: greedy, a small model soon repeats itself. What is sampled is a function of the
@@ -52,7 +53,7 @@ def delays(stages: int, rtt_ms: float) -> NDArray[np.float64]:
 
 def token_s(mesh: Mesh, prompt: str, number: int, *, greedy: bool, tokens: int) -> tuple[float, str]:
     """Seconds a token behind the first, and the text."""
-    fields = {} if greedy else {"temperature": 0.8}
+    fields: dict[str, Any] = {} if greedy else {"temperature": 0.8}
     answer = checked(mesh.ask(f"{prompt} ({number})", tokens, **fields))
     return 1 / answer.decode_tps, answer.text
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import Any
 
 from bench.chain_mesh import CARGO, Answer, Mesh, checked, open_chain
 from bench.figures import header, median, percentile, row
@@ -65,7 +66,7 @@ class Deaths:
 def strike(mesh: Mesh, deaths: Deaths, dice: Dice, *, deterministic: bool) -> None:
     """One answer in peace, the same once more with a death, and the dead one back."""
     prompt, seed = dice.choice(PROMPTS), dice.below(1 << 40)
-    fields = {"temperature": 0.8, "seed": seed, "deterministic": deterministic}
+    fields: dict[str, Any] = {"temperature": 0.8, "seed": seed, "deterministic": deterministic}
     calm = checked(mesh.ask(prompt, TOKENS, **fields))
     moment = 1 + dice.below(TOKENS - 10)
     victims: list[tuple[str, str]] = []
