@@ -26,8 +26,8 @@ TOKENS = 64
 
 PASSAGE = (
     "Llamas are social animals and live with others as a herd. Their wool is soft and contains only a small "
-    "amount of lanolin. Llamas can learn simple tasks after a few repetitions. When using a pack, they can carry "
-    "about 25 to 30 percent of their body weight for 8 to 13 km."
+    "amount of lanolin. Llamas can learn simple tasks after a few repetitions. When using a pack, they can "
+    "carry about 25 to 30 percent of their body weight for 8 to 13 km."
 )
 
 #: Ordinary text is sampled: greedy, a small model soon repeats itself. What is sampled is a function of the
