@@ -1,0 +1,1 @@
+"""Pieces of files between peers. See docs/network.md, "Weights from peers"."""
