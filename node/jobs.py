@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol, TypeAlias
 
 import structlog
 import trio
@@ -41,6 +41,7 @@ from protocol.jobs import (
     Token,
 )
 from protocol.limits import MAX_REMOTE_TEXT_CHARS, MAX_TOKEN_WINDOW, MAX_TOKENS_PER_FRAME
+from protocol.ring import StageShare, StageWork
 
 #: Receipts are claimed within minutes; a month leaves room for disputes and for a gateway that was away.
 RECEIPT_TTL_NS: Final = 30 * 24 * 3600 * SECOND_NS
@@ -57,6 +58,9 @@ MAX_RESERVE_STREAMS: Final = 32
 #: and move the engine on in steps of this.
 GRANT_STEP: Final = MAX_TOKEN_WINDOW // 4
 
+#: Of an error's code (protocol/jobs.py).
+MAX_CODE_CHARS: Final = 32
+
 #: After the last message the gateway closes the stream; one that does not may not hold a task for ever.
 LINGER_S: Final = 5.0
 
@@ -64,9 +68,37 @@ _log = structlog.get_logger("jobs")
 Stream = MessageStream[FromIsland, ToIsland]
 
 
+class ChainFailed(RuntimeFailed):
+    """The chain can not go on with this job; another one may. `code` as in `RingFault`. `works`: the stages
+    that let it down.
+    """
+
+    def __init__(self, code: str, detail: str, works: tuple[StageWork, ...]) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.works = works
+
+
+class ChainJob(Runtime, Protocol):
+    """One job on one chain of which this Island is the head. Its session raises ChainFailed, too."""
+
+    @property
+    def shares(self) -> tuple[StageShare, ...]:
+        """Who has which layers now."""
+        ...
+
+    async def settle(self) -> tuple[StageWork, ...]:
+        """Once the job is finished: what each stage did."""
+        ...
+
+
+Heads: TypeAlias = Callable[[JobOffer, PeerId], ChainJob | JobReject]
+"""What runs an offer that names a chain, for this consumer."""
+
+
 @dataclass(slots=True)
 class RunningJob:
-    """For status displays."""
+    """For status displays, and what a job on a chain is run by."""
 
     job: str
     cargo: str
@@ -74,6 +106,7 @@ class RunningJob:
     started: float
     tokens: int = 0
     state: str = "queued"
+    chain: ChainJob | None = None
 
 
 @dataclass(slots=True)
@@ -87,7 +120,9 @@ class JobCounters:
 
 
 class JobService:
-    """Runs jobs on the Island's runtimes. `runtimes` maps a Cargo digest to its runtime; it may change."""
+    """Runs jobs on the Island's runtimes. `runtimes` maps a Cargo digest to its runtime; it may change.
+    `heads`: what takes jobs on chains; without it they are refused.
+    """
 
     def __init__(
         self,
@@ -97,7 +132,9 @@ class JobService:
         queue: int,
         unix_now: Callable[[], UnixNs],
         changed: Callable[[], None],
+        heads: Heads | None = None,
     ) -> None:
+        self._heads = heads
         self._signer = signer
         self._runtimes = runtimes
         self._queue = queue
@@ -144,15 +181,20 @@ class JobService:
                 del self._reserve[stream.peer]
 
     async def _serve(self, stream: Stream, offer: JobOffer) -> None:
-        runtime = self._runtimes.get(offer.cargo)
-        refusal = self._refusal(offer.cargo, runtime)
+        runtime: Runtime | None = None
+        chain = self._chain_job(offer, stream.peer)
+        if isinstance(chain, JobReject):
+            refusal, chain = chain, None
+        else:
+            runtime = chain or self._runtimes.get(offer.cargo)
+            refusal = self._refusal(offer, runtime)
         if runtime is None or refusal is not None:
             self.counters.rejected += 1
             await stream.send(refusal or JobReject("unknown-cargo"))
             await _linger(stream)
             return
         self.counters.accepted += 1
-        job = RunningJob(offer.job, offer.cargo, stream.peer, trio.current_time())
+        job = RunningJob(offer.job, offer.cargo, stream.peer, trio.current_time(), chain=chain)
         key = id(job)
         self.jobs[key] = job
         self._changed()
@@ -171,7 +213,15 @@ class JobService:
         if ended:
             await _linger(stream)
 
-    def _refusal(self, cargo: str, runtime: Runtime | None) -> JobReject | None:
+    def _chain_job(self, offer: JobOffer, consumer: PeerId) -> ChainJob | JobReject | None:
+        """What runs it if it names a chain."""
+        if offer.chain is None:
+            return None
+        if self._heads is None:
+            return JobReject("unknown-cargo", "this Island takes no part in chains")
+        return self._heads(offer, consumer)
+
+    def _refusal(self, offer: JobOffer, runtime: Runtime | None) -> JobReject | None:
         if runtime is None:
             return JobReject("unknown-cargo", "this Island does not run that Cargo")
         if self.draining:
@@ -180,9 +230,11 @@ class JobService:
         if load.state == "failed":
             return JobReject("unknown-cargo", load.detail[:MAX_REMOTE_TEXT_CHARS])
         # The runtime's own count may lag behind a burst of offers; ours does not.
-        here = sum(1 for job in self.jobs.values() if job.cargo == cargo)
+        here = sum(1 for job in self.jobs.values() if job.cargo == offer.cargo)
         waiting = max(load.queued, here - load.slots)
-        if waiting >= self._queue and (load.queued or here >= load.slots):
+        # In a chain nobody waits: other stages would keep a place for who does not work.
+        queue = 0 if offer.chain is not None else self._queue
+        if waiting >= queue and (load.queued or here >= load.slots):
             return JobReject("busy", f"{waiting} jobs wait", BUSY_RETRY_MS)
         return None
 
@@ -221,7 +273,7 @@ class JobService:
                     case Finished():
                         job.state = "done"
                         self.counters.done += 1
-                        await stream.send(self._done(offer, event, stream.peer, started))
+                        await stream.send(await self._done(offer, event, job, started))
                         return True
         except JobRefused as refused:
             job.state = "failed"
@@ -230,15 +282,23 @@ class JobService:
         except RuntimeFailed as failure:
             job.state = "failed"
             self.counters.failed += 1
-            await stream.send(JobError("runtime", str(failure)[:MAX_REMOTE_TEXT_CHARS], retryable=True))
+            code, works = "runtime", ()
+            if isinstance(failure, ChainFailed):
+                code, works = f"chain-{failure.code}"[:MAX_CODE_CHARS], failure.works
+            detail = str(failure)[:MAX_REMOTE_TEXT_CHARS]
+            await stream.send(JobError(code, detail, retryable=True, stages=works))
         return True
 
-    def _done(self, offer: JobOffer, end: Finished, consumer: PeerId, started: UnixNs) -> JobDone:
+    async def _done(self, offer: JobOffer, end: Finished, job: RunningJob, started: UnixNs) -> JobDone:
+        works: tuple[StageWork, ...] = ()
+        shares: tuple[StageShare, ...] = ()
+        if job.chain is not None:
+            works, shares = await job.chain.settle(), job.chain.shares
         now = UnixNs(max(started, self._unix_now()))  # civil time may have been set back meanwhile
         receipt = Receipt(
             job=offer.job,
             cargo=offer.cargo,
-            consumer=consumer,
+            consumer=job.consumer,
             prompt_hash=end.prompt_hash,
             output_hash=end.output_hash,
             prompt_tokens=end.usage.prompt_tokens,
@@ -247,12 +307,13 @@ class JobService:
             seed=offer.work.sampling.seed,
             started_unix_ns=started,
             finished_unix_ns=now,
+            stages=shares,
         )
         self._receipts += 1
         envelope = self._signer.seal(
             RECEIPT_KIND, receipt, sequence=self._receipts, expires_unix_ns=UnixNs(now + RECEIPT_TTL_NS)
         )
-        return JobDone(end.finish, end.tail, end.usage, envelope)
+        return JobDone(end.finish, end.tail, end.usage, envelope, works)
 
 
 class _Window:

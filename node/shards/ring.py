@@ -1,0 +1,355 @@
+"""The ring service: one machine over the ring's links, and the engines of the shards that this node holds.
+
+A short match over what the machine wants done. Everything happens in the task that has the news (a message, an
+engine's event, a lost link, the alarm), nothing waits; what one step causes is queued behind it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+import structlog
+import trio
+
+from cargos.runtimes.shards.base import Computed, Lost, OnEvent, Refused, StageEvent, StageRuntime, Wanted
+from node.overlay.driver import monotonic_now
+from node.p2p import Host
+from node.shards.links import LinkUser, Reach, RingLinks
+from protocol.ids import PeerId
+from protocol.instants import SECOND_NS
+from protocol.limits import MIB
+from protocol.machine import Disconnect, Effect, Emit, Input, Machine, Ordered, Received, Send, Trace, Woken
+from protocol.ring import Chain, FromStage, RingEnd, RingFeed, RingOpen, RingPing, ToStage
+from routing.chains.events import (
+    Admit,
+    Begin,
+    Command,
+    Compute,
+    Done,
+    DownstreamLost,
+    Draw,
+    Ended,
+    EngineLost,
+    EngineRefused,
+    Finish,
+    Release,
+    RingEvent,
+    SessionFailed,
+    ShardHeldHere,
+    StageReplaced,
+    UpstreamLost,
+)
+
+#: Rows that wait for the engines of this node. Honest peers wait for acknowledgements before that; a replay may
+#: bring a whole log at once.
+MAX_WAITING_BYTES: Final = 256 * MIB
+
+#: Draws up to so many rows (a token, a draft) say how long a traversal of the ring takes; prompts do not.
+_TIMED_ROWS: Final = 32
+
+#: Weight of a new traversal in the smoothed time (RFC 6298).
+_TRIP_GAIN: Final = 8
+
+#: Chains whose traversal time is remembered for the next session.
+_MAX_TRIPS: Final = 64
+
+RingMessage: TypeAlias = ToStage | FromStage
+RingMachineLike: TypeAlias = Machine[PeerId, RingMessage, Command, RingEvent]
+
+_log = structlog.get_logger("ring")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A shard that is loaded here."""
+
+    cargo: str
+    first: int
+    last: int
+    runtime: StageRuntime
+
+
+@dataclass(slots=True, eq=False)
+class RingSession:
+    """A session of which this node is the head. `over` is set when `failure` or `ended` is there; `failing` is
+    cancelled when it fails.
+    """
+
+    session: str
+    cargo: str
+    chain: Chain
+    failure: SessionFailed | None = None
+    ended: Ended | None = None
+    replaced: int = 0
+    over: trio.Event = field(default_factory=trio.Event)
+    failing: trio.CancelScope = field(default_factory=trio.CancelScope)
+    trip_ns: int = 0
+    _drawn: tuple[int, float] | None = None
+
+    def note_drawn(self, end: int, rows: int) -> None:
+        """Rows below `end` were fed into the ring."""
+        self._drawn = (end, trio.current_time()) if rows <= _TIMED_ROWS else None
+
+    def note_back(self, end: int) -> None:
+        """Rows below `end` came out of it."""
+        if self._drawn is not None and end >= self._drawn[0]:
+            trip_ns = round((trio.current_time() - self._drawn[1]) * SECOND_NS)
+            self._drawn = None
+            self.trip_ns += (trip_ns - self.trip_ns) // _TRIP_GAIN if self.trip_ns else trip_ns
+
+    @property
+    def route(self) -> tuple[str, ...]:
+        return tuple(stage.holder.peer for stage in self.chain.stages)
+
+
+@dataclass(slots=True)
+class RingCounters:
+    """For metrics and status."""
+
+    admitted: int = 0
+    begun: int = 0
+    rows: int = 0
+    replaced: int = 0
+    failed: int = 0
+    engines_lost: int = 0
+
+
+class RingService:
+    """Made with the machine; `run` keeps its time. `nursery`: where links live."""
+
+    def __init__(
+        self, host: Host, nursery: trio.Nursery, machine: RingMachineLike, *, reach: Reach | None = None
+    ) -> None:
+        self.counters: Final = RingCounters()
+        self._machine = machine
+        self._held: dict[str, Held] = {}
+        self._engine_of: dict[str, str] = {}  # session -> Cargo
+        self._waiting: dict[str, deque[tuple[int, int]]] = {}  # session -> (end of rows, bytes)
+        self._waiting_bytes = 0
+        self._heads: dict[str, RingSession] = {}
+        self._trips: OrderedDict[tuple[str, ...], int] = OrderedDict()
+        self._inbox: deque[Input[PeerId, RingMessage, Command]] = deque()
+        self._driving = False
+        self._alarm = trio.CancelScope()
+        user = LinkUser(
+            self._received,
+            lambda peer, reason: self._order(DownstreamLost(peer, reason)),
+            lambda peer: self._order(UpstreamLost(peer)),
+            lambda: self._waiting_bytes < MAX_WAITING_BYTES,
+        )
+        self.links: Final = RingLinks(host, nursery, user, reach=reach)
+
+    # --- shards ---------------------------------------------------------------------------------------
+
+    def hold(self, cargo: str, first: int, last: int, runtime: StageRuntime) -> None:
+        """From now on sessions may run through these layers, which `runtime` has loaded."""
+        self._held[cargo] = Held(cargo, first, last, runtime)
+        self._order(ShardHeldHere(cargo, first, last))
+
+    def let_go(self, cargo: str) -> None:
+        """No longer; the machine ends the sessions that do."""
+        if cargo in self._held:
+            self._order(ShardHeldHere(cargo, 0, 0))
+            del self._held[cargo]
+            for session in [s for s, of in self._engine_of.items() if of == cargo]:
+                self._forget(session)
+
+    def held(self, cargo: str) -> Held | None:
+        """What is loaded here of a Cargo."""
+        return self._held.get(cargo)
+
+    def sessions_of(self, cargo: str) -> int:
+        """Sessions that this node works on with this Cargo's shard."""
+        return sum(1 for of in self._engine_of.values() if of == cargo)
+
+    def events_of(self, cargo: str) -> OnEvent:
+        """What a shard's runtime is to be opened with."""
+
+        def tell(event: StageEvent) -> None:
+            self._on_engine(cargo, event)
+
+        return tell
+
+    # --- heads ----------------------------------------------------------------------------------------
+
+    def is_known(self, session: str) -> bool:
+        """Does this node work on it, in whatever place?"""
+        return session in self._heads or session in self._engine_of
+
+    def begin(self, session: str, chain: Chain, consumer: PeerId, *, deterministic: bool) -> RingSession:
+        """Start a session of ours, with us as the head of its chain."""
+        head = self._heads[session] = RingSession(session, chain.cargo, chain)
+        head.trip_ns = self._trips.get(head.route, 0)
+        self._engine_of[session] = chain.cargo
+        self.counters.begun += 1
+        self._order(Begin(session, chain, consumer, deterministic))
+        return head
+
+    def finish(self, head: RingSession) -> None:
+        """It is over, well or not: `head.over` follows."""
+        if not head.over.is_set():
+            self._order(Finish(head.session))
+
+    # --- running --------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Wake the machine when it asks for it, until cancelled."""
+        while True:
+            with trio.CancelScope() as self._alarm:
+                self._set_alarm()
+                await trio.sleep_forever()
+            self._drive(Woken())
+
+    def close(self) -> None:
+        """End all links; peers learn it from that."""
+        self.links.close()
+
+    def _received(self, peer: PeerId, message: RingMessage) -> None:
+        self._drive(Received(peer, message))
+
+    def _order(self, command: Command) -> None:
+        self._drive(Ordered(command))
+
+    def _drive(self, what: Input[PeerId, RingMessage, Command]) -> None:
+        self._inbox.append(what)
+        if self._driving:
+            return
+        self._driving = True
+        try:
+            while self._inbox:
+                for effect in self._machine.receive(monotonic_now(), self._inbox.popleft()):
+                    self._apply(effect)
+        finally:
+            self._driving = False
+        self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        wake = self._machine.next_wake()
+        # A microsecond more than asked for: a float must not round to a moment before.
+        self._alarm.deadline = trio.current_time() + 3600 if wake is None else (wake + 1000) / SECOND_NS
+
+    def _apply(self, effect: Effect[PeerId, RingMessage, RingEvent]) -> None:
+        match effect:
+            case Send(peer, message):
+                if isinstance(message, RingOpen | RingFeed | RingEnd | RingPing):
+                    self.links.send_to_stage(peer, message)
+                else:
+                    self.links.send_from_stage(peer, message)
+            case Emit(event):
+                self._on_event(event)
+            case Disconnect(peer, reason):
+                self.links.drop(peer, reason)
+            case Trace(name, values):
+                _log.debug(name, **dict(values))
+            case _:
+                pass  # WakeAt: `run` asks `next_wake`
+
+    # --- from the machine -----------------------------------------------------------------------------
+
+    def _on_event(self, event: RingEvent) -> None:
+        match event:
+            case Admit(session, cargo, dtype, prompt, deterministic):
+                held = self._held.get(cargo)
+                if held is None:
+                    self._order(EngineRefused(session, "invalid", "no such shard here"))
+                    return
+                self._forget(session)
+                self._engine_of[session] = cargo
+                self.counters.admitted += 1
+                held.runtime.open(session, dtype=dtype, prompt=prompt, deterministic=deterministic)
+            case Compute(session, position, rows, payload):
+                held = self._held_for(session)
+                if held is None:
+                    return  # its shard was given up; the machine has been told
+                head = self._heads.get(session)
+                if head is not None:
+                    head.note_back(position + rows)
+                self.counters.rows += rows
+                self._note_waiting(session, position + rows, len(payload))
+                held.runtime.feed(session, position, rows, payload)
+            case Release(session):
+                held = self._held_for(session)
+                self._forget(session)
+                if held is not None:
+                    held.runtime.close(session)
+            case StageReplaced(session, chain, lost):
+                self.counters.replaced += 1
+                _log.info("stage replaced", session=session[:8], index=lost.index, lost=lost.peer[-8:])
+                head = self._heads.get(session)
+                if head is not None:
+                    head.chain = chain
+                    head.replaced += 1
+            case SessionFailed():
+                self.counters.failed += 1
+                self._over(event.session, event)
+            case Ended():
+                self._over(event.session, event)
+
+    def _over(self, session: str, event: SessionFailed | Ended) -> None:
+        head = self._heads.pop(session, None)
+        if head is None:
+            return
+        if head.trip_ns:
+            self._trips[head.route] = head.trip_ns
+            self._trips.move_to_end(head.route)
+            if len(self._trips) > _MAX_TRIPS:
+                self._trips.popitem(last=False)
+        if isinstance(event, Ended):
+            head.ended = event
+            head.chain = event.chain
+        else:
+            head.failure = event
+            head.failing.cancel()
+        self._forget(session)
+        head.over.set()
+
+    # --- from the engines -----------------------------------------------------------------------------
+
+    def _on_engine(self, cargo: str, event: StageEvent) -> None:
+        match event:
+            case Computed(session, position, rows, payload, compute_ns, wait_ns):
+                self._note_computed(session, position + rows)
+                self._order(Done(session, position, rows, payload, compute_ns, wait_ns))
+            case Wanted(session, position, tokens, prompt):
+                head = self._heads.get(session)
+                if head is not None:
+                    head.note_drawn(position + len(tokens), len(tokens))
+                payload = struct.pack(f"<{len(tokens)}I", *tokens)
+                self._order(Draw(session, position, len(tokens), payload, prompt))
+            case Lost():
+                self.counters.engines_lost += 1
+                for session in [s for s, of in self._engine_of.items() if of == cargo]:
+                    self._note_computed(session, None)
+                self._order(EngineLost(cargo))
+            case Refused(session, code, detail):
+                self._order(EngineRefused(session, code, detail))
+
+    # --- bookkeeping ----------------------------------------------------------------------------------
+
+    def _held_for(self, session: str) -> Held | None:
+        cargo = self._engine_of.get(session)
+        return None if cargo is None else self._held.get(cargo)
+
+    def _note_waiting(self, session: str, end: int, size: int) -> None:
+        self._waiting.setdefault(session, deque()).append((end, size))
+        self._waiting_bytes += size
+
+    def _note_computed(self, session: str, end: int | None) -> None:
+        """Rows below `end` wait no longer; None: none do."""
+        waiting = self._waiting.get(session)
+        if waiting is None:
+            return
+        full = self._waiting_bytes >= MAX_WAITING_BYTES
+        while waiting and (end is None or waiting[0][0] <= end):
+            self._waiting_bytes -= waiting.popleft()[1]
+        if not waiting:
+            del self._waiting[session]
+        if full and self._waiting_bytes < MAX_WAITING_BYTES:
+            self.links.note_room()
+
+    def _forget(self, session: str) -> None:
+        self._note_computed(session, None)
+        self._engine_of.pop(session, None)
