@@ -1,0 +1,61 @@
+"""Chains of slices compute what the whole model does: each architecture, cut in each way, by the real library."""
+
+import numpy as np
+import pytest
+
+from cargos.shards.architectures import KNOWN, CanNotCut
+from cargos.shards.cut import cut, read_model
+from cargos.shards.layout import sharding_of, stages_of
+
+CASES = {
+    "llama": {},
+    "llama-untied": {"architecture": "llama", "tied": False},
+    "llama-rope-freqs": {"architecture": "llama", "rope_freqs": True},
+    "llama-moe": {"architecture": "llama", "experts": 4, "tied": False},
+    "mistral3": {"tied": False},
+    "qwen2": {},
+    "qwen2-untied": {"architecture": "qwen2", "tied": False},
+    "qwen2moe": {"experts": 4, "tied": False},
+    "qwen3": {},
+    "qwen3-untied": {"architecture": "qwen3", "tied": False},
+    "qwen3moe": {"experts": 4, "tied": False},
+    "gemma": {},
+    "gemma2": {"window": 5},
+    "gemma2-listed": {"architecture": "gemma2", "window": 5, "pattern": [True, True, False, False]},
+    "gemma3": {"window": 5, "layers": 7},
+    "gemma3-period": {"architecture": "gemma3", "window": 5, "pattern": 2},
+    "gemma3-listed": {"architecture": "gemma3", "window": 5, "pattern": [False, True, False, True]},
+    "gemma3-full": {"architecture": "gemma3"},
+    "phi3": {"tied": False},
+    "granite": {},
+    "olmo2": {"tied": False},
+    "olmo2-window": {"architecture": "olmo2", "tied": False, "window": 5},
+    "olmoe": {"experts": 4, "tied": False, "kv_heads": 4},
+    "internlm2": {"tied": False},
+    "exaone": {"tied": False},
+    "seed_oss": {"tied": False},
+}
+#: Multiplied by sqrt(64) and divided by it again, which changes no bit.
+TOKENS = np.array([1, 270, 262, 280, 5, 275, 264, 263, 130, 271, 266, 262, 279, 268, 261], np.int32)
+
+
+def shape_of(synthetic, case):
+    return synthetic.Shape(**{"architecture": case, **CASES[case]})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_chain_equals_the_whole(case, synthetic, native, tmp_path):
+    shape = shape_of(synthetic, case)
+    whole = synthetic.write_model(tmp_path / "whole.gguf", shape)
+    expected = native.run_chain([whole], TOKENS, 8)
+    assert np.isfinite(expected).all()
+    assert len(set(expected.argmax(axis=1))) > 3, "a model that says the same whatever comes proves nothing"
+    for stages in (2, 3, shape.layers):
+        paths = [tmp_path / f"{first}.gguf" for first, _ in stages_of(shape.layers, stages)]
+        for path, (first, last) in zip(paths, stages_of(shape.layers, stages), strict=True):
+            cut(whole, path, first, last)
+        assert np.array_equal(native.run_chain(paths, TOKENS, 8), expected), f"{stages} stages"
+
+
+def test_all_known_architectures_are_shown():
+    assert {CASES[case].get("architecture", case) for case in CASES} == set(KNOWN)
