@@ -225,6 +225,8 @@ class Chat:
 def figures(closed: Closed) -> str:
     """Who answered, how fast: one line."""
     parts = [closed.island] if closed.island else []
+    if closed.stages:
+        parts = ["layers " + ", ".join(closed.stages)]
     if closed.tokens_per_second is not None:
         parts.append(f"{closed.tokens_per_second:.1f} tokens/s")
     if closed.completion_tokens is not None:
@@ -233,6 +235,8 @@ def figures(closed: Closed) -> str:
         parts.append(f"first after {closed.ttft_ms:.0f} ms")
     if closed.hand_overs:
         parts.append(f"{closed.hand_overs} hand-over{'s' if closed.hand_overs > 1 else ''}")
+    if closed.stages_lost:
+        parts.append(f"{closed.stages_lost} stage{'s' if closed.stages_lost > 1 else ''} replaced")
     if closed.finish == "length":
         parts.append("cut off at the longest length")
     return " | ".join(parts)

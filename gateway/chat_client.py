@@ -56,7 +56,9 @@ class HandedOver:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The end. Figures are None where the server did not give them."""
+    """The end. Figures are None where the server did not give them. `stages`: NAME FIRST-LAST of each Island of
+    a chain; `stages_lost`: those that were replaced on the way.
+    """
 
     finish: str
     completion_tokens: int | None
@@ -64,6 +66,8 @@ class Closed:
     hand_overs: int | None
     island: str
     ttft_ms: float | None
+    stages: tuple[str, ...] = ()
+    stages_lost: int = 0
 
 
 ChatEvent: TypeAlias = Answering | Text | HandedOver | Closed
@@ -78,11 +82,19 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
+class _OwnStage(msgspec.Struct):
+    island: str
+    first_layer: int
+    last_layer: int
+
+
 class _Own(msgspec.Struct):
     island: str | None = None
     hand_overs: int | None = None
     tokens_per_second: float | None = None
     ttft_ms: float | None = None
+    stages: Annotated[list[_OwnStage], Meta(max_length=64)] = []
+    stages_lost: int = 0
 
 
 class _Usage(msgspec.Struct):
@@ -252,4 +264,6 @@ class EventReader:
             own.hand_overs,
             own.island or "",
             own.ttft_ms,
+            tuple(f"{stage.island} {stage.first_layer}-{stage.last_layer}" for stage in own.stages),
+            own.stages_lost,
         )

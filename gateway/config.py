@@ -8,7 +8,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from node.config import LogSettings, NatSettings, default_data_dir, peer_setting
+from node.config import LogSettings, NatSettings, OverlaySettings, default_data_dir, peer_setting
 from node.coordination.vantage import Vantage
 from node.settings import Settings, SettingsError
 from protocol.ids import PeerId
@@ -142,6 +142,7 @@ class GatewaySettings(Settings, frozen=True):
     http: HttpBindSettings = HttpBindSettings()
     mesh: MeshSettings = MeshSettings()
     nat: NatSettings = NatSettings()
+    overlay: OverlaySettings = OverlaySettings()
     jobs: JobSettings = JobSettings()
     log: LogSettings = LogSettings()
 

@@ -17,6 +17,7 @@ import structlog
 import trio
 
 from dht.coordinates import estimate_ns
+from gateway.chains import ChainKeeper
 from gateway.followed_cargos import FollowedCargos
 from gateway.mesh_book import MeshBook
 from gateway.mesh_job import MeshJob, Stream
@@ -42,7 +43,7 @@ from protocol.work import Work
 from routing.coordinator_events import CoordinatorEvent, IslandChanged, IslandGone
 from routing.following_events import FollowingEvent, IslandSeen, IslandUnseen
 from routing.islands import IslandBook
-from routing.job_events import SupervisionPolicy
+from routing.job_events import Ask, Assignment, Full, NotYet, SupervisionPolicy
 from routing.placement import Query, choose, shape_of, soonest
 from routing.requirements import ANYTHING, Outlook, Requirements
 
@@ -96,6 +97,7 @@ async def open_mesh(
             mesh.follow(following)
             nursery.start_soon(following.run)
             nursery.start_soon(mesh.keep_streams_ready)
+            nursery.start_soon(mesh.chains.run)
             yield mesh
             nursery.cancel_scope.cancel()
 
@@ -135,6 +137,18 @@ class Mesh:
             karma_of=coordinator.karma.points_mpt,
             sightings_of=coordinator.sightings,
             unix_offset_ns=self.unix_offset_ns,
+        )
+        self.chains: Final = ChainKeeper(
+            peers,
+            overlay,
+            self.known,
+            self.work,
+            self._outlook,
+            me=host.peer,
+            requirements=requirements,
+            now=now,
+            nursery=nursery,
+            ready=self._tell_jobs,
         )
         self._followed: FollowedCargos | None = None
         self._filling: set[PeerId] = set()
@@ -190,11 +204,12 @@ class Mesh:
     # --- what jobs ask ------------------------------------------------------------------------------
 
     def place(
-        self, cargo: CargoDigest, work: Work, now: Instant, excluded: frozenset[PeerId], done: int
-    ) -> PeerId | None:
-        query = Query(shape_of(cargo, work, done), self._outlook, excluded, self._requirements)
+        self, cargo: CargoDigest, work: Work, now: Instant, ask: Ask[PeerId]
+    ) -> Assignment[PeerId] | NotYet | Full | None:
+        """An Island that has the whole Cargo; if there is none, a chain of such as have parts of it."""
+        query = Query(shape_of(cargo, work, ask.done), self._outlook, ask.excluded, self._requirements)
         chosen = choose(soonest(now, self.book, query), self._dice)
-        return None if chosen is None else chosen.peer
+        return self.chains.place(cargo, work, now, ask) if chosen is None else Assignment(chosen.peer)
 
     def name_of(self, peer: PeerId) -> str:
         return self.known.name_of(peer)
@@ -235,10 +250,11 @@ class Mesh:
             case IslandSeen(cargo, island):
                 self._overlay.hear(island.peer, island.advert.addresses)
                 self.known.vouched(cargo, island.peer, island.advert, island.sequence)
-                self._tell_jobs()
+                self._changed()
             case IslandUnseen(cargo, peer):
                 if self.known.unvouched(cargo, peer):
                     self._drop_ready(peer)
+                self.chains.look()
             case _:
                 pass
 
@@ -250,10 +266,11 @@ class Mesh:
                     self._want_stream(peer)
                     digests = tuple(offered.digest for offered in advert.cargos)
                     self._nursery.start_soon(self._learn_manifests, peer, digests)
-                self._tell_jobs()
+                self._changed()
             case IslandGone(peer):
                 if self.known.left(peer):
                     self._drop_ready(peer)
+                self.chains.look()
             case _:
                 pass
 
@@ -273,6 +290,10 @@ class Mesh:
                 manifest = await fetch_manifest(self._peers, peer, CargoDigest(digest))
                 if manifest is not None:
                     self.work.learn(manifest)
+
+    def _changed(self) -> None:
+        self.chains.look()
+        self._tell_jobs()
 
     def _tell_jobs(self) -> None:
         for job in tuple(self._waiting.values()):

@@ -48,6 +48,8 @@ class MeshBook:
         self._first_seen: dict[str, int] = {}
         self._called: dict[str, Naming] = {}
         self._gone: dict[str, tuple[ModelInfo, Instant]] = {}
+        #: Tokens/s of a Cargo's chain of Islands, by digest; None: there is no complete one.
+        self.chains: Callable[[str], float | None] = _no_chain
 
     def __len__(self) -> int:
         return len(self.islands)
@@ -152,6 +154,7 @@ class MeshBook:
 
     def _info(self, digest: str, shelf: Shelf[PeerId]) -> ModelInfo:
         called = self._name_cargo(digest, shelf)
+        chain_tps = self.chains(digest)
         return ModelInfo(
             id=called.name,
             digest=CargoDigest(digest),
@@ -160,8 +163,8 @@ class MeshBook:
             context_length=shelf.context_length,
             publisher=called.publisher,
             islands=sum(shelf.contexts.values()),
-            ready=shelf.ready,
-            decode_tps=shelf.decode_tps,
+            ready=shelf.ready + (chain_tps is not None),
+            decode_tps=max(shelf.decode_tps, chain_tps or 0.0),
             first_seen_unix_s=self._first_seen.get(digest, 0),
         )
 
@@ -187,6 +190,10 @@ class MeshBook:
             return before
         self._called[digest] = naming
         return naming
+
+
+def _no_chain(_digest: str) -> float | None:
+    return None
 
 
 def _without_islands(info: ModelInfo) -> ModelInfo:

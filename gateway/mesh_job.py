@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final, Literal, Protocol, TypeVarTuple, Unpack, cast
 
 import structlog
 import trio
 
+from gateway.chains import ChainKeeper
 from gateway.service import Completed, Failed, FailureCode, JobEvent, Placed, Preparing, Released
 from gateway.work_done import WorkBook
 from node.p2p import StreamBroken, Unreachable
@@ -19,12 +20,17 @@ from protocol.ids import CargoDigest, JobId, PeerId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
 from protocol.jobs import FromIsland, JobOffer, ToIsland, Usage
 from protocol.machine import Disconnect, Emit, Input, Ordered, PeerLost, Received, Send, Woken
+from protocol.ring import Chain
 from protocol.work import Work
 from routing.islands import IslandBook
 from routing.job_events import (
     Abort,
+    Ask,
+    Assignment,
+    ChainFailed,
     Command,
     Consumed,
+    Full,
     IslandFailed,
     IslandsChanged,
     JobCompleted,
@@ -32,7 +38,9 @@ from routing.job_events import (
     JobPlaced,
     JobPreparing,
     JobWaiting,
+    NotYet,
     SpeedSeen,
+    StageSeen,
     Start,
     SupervisionPolicy,
     TokensReleased,
@@ -73,9 +81,11 @@ class MeshView(Protocol):
     def work(self) -> WorkBook: ...
     def name_of(self, peer: PeerId) -> str: ...
     def rtt_ns(self, peer: PeerId) -> int: ...
+    @property
+    def chains(self) -> ChainKeeper: ...
     def place(
-        self, cargo: CargoDigest, work: Work, now: Instant, excluded: frozenset[PeerId], done: int
-    ) -> PeerId | None: ...
+        self, cargo: CargoDigest, work: Work, now: Instant, ask: Ask[PeerId]
+    ) -> Assignment[PeerId] | NotYet | Full | None: ...
     def ready_stream(self, peer: PeerId) -> Stream | None: ...
     async def open_stream(self, peer: PeerId) -> Stream: ...
     def note_waiting(self, job: MeshJob, *, waiting: bool) -> None: ...
@@ -90,6 +100,8 @@ class _Attempt:
     def __init__(self, peer: PeerId, offer: JobOffer) -> None:
         self.peer: Final = peer
         self.offer: Final = offer
+        chain = offer.chain
+        self.islands: Final = (peer,) if chain is None else tuple(PeerId(s.holder.peer) for s in chain.stages)
         self.scope: Final = trio.CancelScope()
         self.stream: Stream | None = None
         self.offered = False
@@ -131,6 +143,9 @@ class MeshJob:
         self._without_island_since = mesh.now()
         self._accepted = mesh.now()
         self._first_token_ns: int | None = None  # after acceptance, at the present Island
+        self._placed_at = mesh.now()
+        self._accused: set[str] = set()
+        self._chain: Chain | None = None
         self._waiting = False
         self._timer: Instant | None = None
         self._timer_moved = trio.Event()
@@ -138,7 +153,7 @@ class MeshJob:
             job,
             cargo,
             work,
-            lambda now, excluded, done: mesh.place(cargo, work, now, excluded, done),
+            lambda now, ask: mesh.place(cargo, work, now, ask),
             policy=policy,
             unix_offset_ns=mesh.unix_offset_ns,
             name_of=mesh.name_of,
@@ -219,7 +234,8 @@ class MeshJob:
 
     def _open_attempt(self, peer: PeerId, offer: JobOffer) -> None:
         attempt = self._attempt = _Attempt(peer, offer)
-        self._mesh.book.reserve(peer)
+        for island in attempt.islands:
+            self._mesh.book.reserve(island)
         self._nursery.start_soon(self._guard, self._run_attempt, attempt)
 
     def _send(self, peer: PeerId, message: ToIsland) -> None:
@@ -252,7 +268,8 @@ class MeshJob:
         except (StreamBroken, Unreachable, ProtocolError) as error:
             _log.info("attempt broken", job=self.id[:8], peer=peer[-8:], reason=str(error))
         finally:
-            self._mesh.book.release(peer)
+            for island in attempt.islands:
+                self._mesh.book.release(island)
             if attempt.stream is not None:
                 await self._end_stream(attempt.stream, orderly=attempt.orderly)
         if self._attempt is attempt:
@@ -299,6 +316,9 @@ class MeshJob:
             case JobPlaced():
                 self._accepted, self._first_token_ns = self._mesh.now(), None
                 self._placed = cast("JobPlaced[PeerId]", event)
+                self._chain = self._placed.chain
+                if not self._placed.hand_over:
+                    self._placed_at = self._mesh.now()
             case JobPreparing(stage, done, total):
                 if stage != "loading":
                     self._show_placed()
@@ -307,7 +327,8 @@ class MeshJob:
                 self._notice(Preparing("waiting", 0, 0))
             case SpeedSeen(tokens=tokens, duration_ns=duration_ns):
                 seen = cast("SpeedSeen[PeerId]", event)
-                self._mesh.book.measured(seen.peer, self._cargo, tokens * SECOND_NS / duration_ns)
+                if self._chain is None:  # a chain's speed is no Island's
+                    self._mesh.book.measured(seen.peer, self._cargo, tokens * SECOND_NS / duration_ns)
             case IslandFailed():
                 failed = cast("IslandFailed[PeerId]", event)
                 _log.warning(
@@ -318,6 +339,17 @@ class MeshJob:
                 )
                 self._mesh.book.suspect(self._mesh.now(), failed.peer)
                 self._mesh.work.failed(failed.peer, timeout=failed.timeout)
+                self._without_island_since = self._mesh.now()
+            case ChainFailed():
+                broken = cast("ChainFailed[PeerId]", event)
+                _log.warning(
+                    "chain broken",
+                    job=self.id[:8],
+                    head=self._mesh.name_of(broken.peer),
+                    stages=[self._mesh.name_of(PeerId(stage.peer)) for stage in broken.stages],
+                    reason=broken.reason,
+                )
+                self._accuse(broken.stages)
                 self._without_island_since = self._mesh.now()
             case JobCompleted():
                 self._show_placed()
@@ -332,7 +364,12 @@ class MeshJob:
     def _complete(self, event: JobCompleted[PeerId]) -> None:
         usage = event.usage
         self._tell_story()
-        self._measure_prefill(event.peer, usage)
+        chains, stages = self._mesh.chains, event.stages
+        if event.chain is None:
+            self._measure_prefill(event.peer, usage)
+        else:
+            chains.measured(self._cargo, stages)
+            self._accuse(stages)
         self._mesh.work.done(event.peer, self._cargo, self._work, usage, self._tokens)
         _log.info(
             "job completed",
@@ -340,9 +377,18 @@ class MeshJob:
             tokens=usage.completion_tokens,
             hand_overs=event.hand_overs,
             receipt="valid" if event.receipt is not None else "invalid",
+            **_account(stages),
         )
         finish = cast("Literal['stop', 'length']", event.finish)  # the supervisor admits no other
-        self._put(Completed(finish, event.tail, usage, event.hand_overs, self._mesh.name_of(event.peer)))
+        name = self._mesh.name_of(event.peer)
+        lost = sum(stage.failed for stage in stages)
+        self._put(Completed(finish, event.tail, usage, event.hand_overs, name, lost))
+
+    def _accuse(self, stages: Sequence[StageSeen]) -> None:
+        """Each stage at most once for this job, however often its heads name it."""
+        fresh = [stage for stage in stages if stage.failed and stage.peer not in self._accused]
+        self._accused.update(stage.peer for stage in fresh)
+        self._mesh.chains.accused(self._placed_at, fresh)
 
     def _measure_prefill(self, peer: PeerId, usage: Usage) -> None:
         """How fast the prompt was read: acceptance to first token. If it waited there, we can not tell."""
@@ -358,7 +404,8 @@ class MeshJob:
             peer = placed.peer
             queue_ns = self._mesh.now() - self._without_island_since
             name, rtt_ns = self._mesh.name_of(peer), self._mesh.rtt_ns(peer)
-            self._put(Placed(name, peer, rtt_ns, queue_ns, placed.hand_over))
+            stages = self._mesh.chains.stages_of(placed.chain)
+            self._put(Placed(name, peer, rtt_ns, queue_ns, placed.hand_over, stages))
             self._story = {
                 "job": self.id[:8],
                 "island": name,
@@ -367,6 +414,8 @@ class MeshJob:
                 "rtt_ms": round(rtt_ns / MILLISECOND_NS, 2),
                 "queue_ms": queue_ns // MILLISECOND_NS,
             }
+            if stages:
+                self._story["layers"] = ", ".join(f"{s.island} {s.first}-{s.last - 1}" for s in stages)
 
     def _tell_story(self) -> None:
         """Log where the job runs, once the consumer has taken an event: no token waits for a log line."""
@@ -381,6 +430,14 @@ class MeshJob:
     def _put(self, event: JobEvent) -> None:
         self._events.append(event)
         self._arrived.set()
+
+
+def _account(stages: Sequence[StageSeen]) -> dict[str, int]:
+    """What a log line says of a chain's stages: how many there were, signed for it, and were lost."""
+    if not stages:
+        return {}
+    signed = sum(stage.receipt is not None for stage in stages)
+    return {"stages": len(stages), "signed": signed, "lost": sum(stage.failed for stage in stages)}
 
 
 async def _send_late(attempt: _Attempt, stream: Stream) -> None:

@@ -7,7 +7,7 @@ import secrets
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
@@ -28,7 +28,7 @@ from node.coordination.port import CoordinationPort
 from node.identity import load_or_create_identity
 from node.island import AGENT, VERSION, monotonic_now, unix_now
 from node.overlay.control import OverlayControl
-from node.overlay.overlay import OverlayConfig, open_overlay
+from node.overlay.overlay import NODE_POLICY, OverlayConfig, open_overlay
 from node.p2p import open_host
 from node.p2p.errors import ListenFailed
 from node.p2p.identify import serve_identify
@@ -37,6 +37,7 @@ from node.peers import open_peers
 from node.traversal import open_traversal
 from protocol.adverts import Hello
 from protocol.dice import Dice
+from protocol.instants import SECOND_NS
 
 _log = structlog.get_logger("gateway")
 
@@ -65,6 +66,18 @@ def key_ring(settings: GatewaySettings) -> KeyRing:
     return KeyRing.from_config(entries(), open_to_all=settings.open)
 
 
+def overlay_config(settings: GatewaySettings, ways_in: tuple[str, ...]) -> OverlayConfig:
+    """How a gateway takes part in the overlay."""
+    overlay = settings.overlay
+    policy = replace(
+        NODE_POLICY,
+        k=overlay.k,
+        provider_ttl_ns=overlay.provider_ttl_s * SECOND_NS,
+        provide_interval_ns=overlay.provider_ttl_s * SECOND_NS // 3,
+    )
+    return OverlayConfig(settings.data_path, ways_in, policy=policy, heal_s=overlay.heal_s)
+
+
 async def run_gateway(
     settings: GatewaySettings, *, ready: Callable[[GatewayReady], Awaitable[None]] | None = None
 ) -> None:
@@ -87,7 +100,7 @@ async def run_gateway(
     async with (
         open_host(identity, mesh_settings.listen) as host,
         open_peers(host, hello=hello, dice=dice) as peers,
-        open_overlay(host, peers, OverlayConfig(settings.data_path, ways_in), identity) as overlay,
+        open_overlay(host, peers, overlay_config(settings, ways_in), identity) as overlay,
         open_traversal(host, overlay, settings.nat),
         nullcontext(CoordinationPort(peers)) as port,
         open_coordinator(host, peers, overlay, port=port, signer=identity.signer, config=config) as coordinator,

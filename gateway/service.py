@@ -36,19 +36,34 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class StageInfo:
+    """Who holds which layers of a model that runs over several Islands: `first` to `last`, exclusive."""
+
+    island: str
+    peer: PeerId
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
 class Placed:
-    """An Island accepted the job (`hand_over` 0), or the rest of it (1, 2, ...)."""
+    """An Island accepted the job (`hand_over` 0), or the rest of it (1, 2, ...). `stages`: if it is the head of
+    a chain, all of the chain, itself the last.
+    """
 
     island: str
     peer: PeerId
     rtt_ns: int
     queue_ns: int
     hand_over: int
+    stages: tuple[StageInfo, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Preparing:
-    """Before the first token: 'loading' (bytes), 'prompt' (tokens), 'waiting' (for an Island; 0, 0)."""
+    """Before the first token: 'loading' (bytes; of a chain that is being formed, layers), 'prompt' (tokens),
+    'waiting' (for an Island; 0, 0).
+    """
 
     stage: str
     done: int
@@ -67,6 +82,7 @@ class Released:
 class Completed:
     """The end. `tail` is text still to be shown. Usage is that of the last attempt, whose
     `completion_tokens` counts the whole job. `prefill_ns`/`decode_ns` in it are the last Island's.
+    `stages_lost`: Islands that were replaced in the chain on the way.
     """
 
     finish: Literal["stop", "length"]
@@ -74,6 +90,7 @@ class Completed:
     usage: Usage
     hand_overs: int
     island: str
+    stages_lost: int = 0
 
 
 FailureCode: TypeAlias = Literal[

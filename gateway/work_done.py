@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cargos.manifest import Manifest
+from cargos.manifest import Manifest, Sharding
 from cargos.resolve import builtin_catalogue
 from node.coordination.coordinator import CoordinatorService
 from protocol.ids import CargoDigest, PeerId
@@ -28,9 +28,10 @@ class WorkBook:
 
     def __init__(self, coordinator: CoordinatorService) -> None:
         self._coordinator = coordinator
-        self._weights: dict[str, int] = {
-            entry.digest: entry.manifest.total_bytes for entry in builtin_catalogue()
-        }
+        self._weights: dict[str, int] = {}
+        self._sharding: dict[str, Sharding] = {}
+        for entry in builtin_catalogue():
+            self.learn(entry.manifest)
 
     def lacks(self, digest: str) -> bool:
         """Whether the Cargo's manifest is still to be asked for."""
@@ -39,6 +40,12 @@ class WorkBook:
     def learn(self, manifest: Manifest) -> None:
         """A Cargo's manifest was seen; its digest is the Cargo's."""
         self._weights.setdefault(manifest.digest, manifest.total_bytes)
+        if manifest.sharding is not None:
+            self._sharding.setdefault(manifest.digest, manifest.sharding)
+
+    def sharding(self, digest: str) -> Sharding | None:
+        """How the layers of a Cargo can be spread; None: its manifest is not known, or says nothing of it."""
+        return self._sharding.get(digest)
 
     def done(self, peer: PeerId, cargo: CargoDigest, work: Work, usage: Usage, tokens: int) -> None:
         """A job ended well there. `tokens`: what the consumer took, of all Islands together."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from protocol.instants import SECOND_NS
 from protocol.jobs import Receipt, Token, Usage
@@ -42,16 +42,19 @@ class SupervisionPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Assignment(Generic[P]):
-    """Who gets the job: an Island that has the whole Cargo, or the head of a chain, and the chain."""
+    """Who gets the job: an Island that has the whole Cargo, or the head of a chain, and the chain. `goes_on`:
+    the chain is the one that had it before with another head; its other stages go on with the same session.
+    """
 
     peer: P
     chain: Chain | None = None
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ask(Generic[P]):
-    """A job looks for a place. `excluded`: peers not to ask. `done`: tokens that there are. `chain`: the one
-    that had it last, whose living stages still have what they computed: it is worth going on with. `lost`:
+    """A job looks for a place. `excluded`: peers not to ask. `done`: tokens that there are. `chain`: one whose
+    head was lost; its other stages still have what they computed: it is worth going on with. `lost`:
     peers (as chains name them) that its head says let it down.
     """
 
@@ -69,6 +72,14 @@ class NotYet:
 
     done: int = 0
     total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """Those that could take it have no free slot: it waits as if they had refused it for load."""
+
+
+FULL: Final = Full()
 
 
 # --- commands -------------------------------------------------------------------------------------

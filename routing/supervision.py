@@ -11,6 +11,7 @@ stream on `Disconnect`, so nothing of an old attempt arrives after it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -44,6 +45,7 @@ from routing.job_events import (
     ChainFailed,
     Command,
     Consumed,
+    Full,
     IslandFailed,
     IslandsChanged,
     JobCompleted,
@@ -93,9 +95,9 @@ CONSUMER_ERRORS: Final = frozenset({"too-long", "invalid"})
 
 
 Effects: TypeAlias = Iterator[Effect[P, ToIsland, JobEvent[P]]]
-Placer: TypeAlias = Callable[[Instant, Ask[P]], Assignment[P] | NotYet | None]
-"""The best Island or chain for it; NotYet: there will be one; None: there is none. Pure, reads the
-coordinator's book.
+Placer: TypeAlias = Callable[[Instant, Ask[P]], Assignment[P] | NotYet | Full | None]
+"""The best Island or chain for it; NotYet: there will be one; Full: all have as much as they take; None: there
+is none. Pure, reads the coordinator's book.
 """
 
 
@@ -143,6 +145,9 @@ class JobSupervisor(Generic[P]):
         self._state = _State.WAITING
         self._peer: P | None = None
         self._chain: Chain | None = None
+        self._going_on = False
+        self._before: Chain | None = None
+        self._session, self._sessions = job, 0
         self._accusers: frozenset[P] = frozenset()
         self._lost: dict[str, Instant] = {}
         self._ids: list[int] = []
@@ -189,7 +194,8 @@ class JobSupervisor(Generic[P]):
             case Received(peer, message) if peer == self._peer:
                 yield from self._message(now, peer, message)
             case PeerLost(peer) if peer == self._peer:
-                yield from self._fail_attempt(now, peer, "connection lost", disconnect=False)
+                left = self._chain if self._going_on or self._state is _State.RUNNING else None
+                yield from self._fail_attempt(now, peer, "connection lost", disconnect=False, left=left)
             case Woken():
                 yield from self._woken(now)
             case _:
@@ -325,6 +331,7 @@ class JobSupervisor(Generic[P]):
             yield from self._judged(now, peer, message.code, message.detail)
             return
         self._peer = None
+        self._before = self._chain if self._going_on else None
         yield Disconnect(peer, "rejected")
         wait_ns = max(message.retry_after_ms * MILLISECOND_NS or BUSY_RETRY_NS, MIN_RETRY_NS)
         if message.code != "busy":
@@ -364,7 +371,7 @@ class JobSupervisor(Generic[P]):
     def _dispatch(self, now: Instant) -> Effects[P]:
         self._cooldown = {peer: until for peer, until in self._cooldown.items() if until > now}
         self._lost = {name: until for name, until in self._lost.items() if until > now}
-        ask = Ask(frozenset(self._cooldown), len(self._ids), self._chain, frozenset(self._lost))
+        ask = Ask(frozenset(self._cooldown), len(self._ids), self._before, frozenset(self._lost))
         place = self._place(now, ask)
         if isinstance(place, Assignment):
             yield from self._offer(now, place)
@@ -375,7 +382,7 @@ class JobSupervisor(Generic[P]):
 
     def _offer(self, now: Instant, place: Assignment[P]) -> Effects[P]:
         peer = self._peer = place.peer
-        self._chain = place.chain
+        self._chain, self._going_on, self._before = place.chain, place.goes_on, None
         self._state = _State.OFFERED
         self._resumed_at = len(self._ids)
         self._granted = self._consumed + self._policy.window
@@ -385,7 +392,7 @@ class JobSupervisor(Generic[P]):
         yield Send(
             peer,
             JobOffer(
-                job=self._job,
+                job=self._name_attempt(),
                 cargo=self._cargo,
                 work=self._work,
                 resume=tuple(self._ids),
@@ -395,13 +402,23 @@ class JobSupervisor(Generic[P]):
             ),
         )
 
-    def _wait(self, now: Instant, what: NotYet | None) -> Effects[P]:
+    def _name_attempt(self) -> JobId:
+        """The job's own name, except for a second chain: what stages of the first one have is not for it."""
+        if self._chain is None:
+            return self._job
+        if not self._going_on:
+            self._sessions += 1
+            named = hashlib.sha256(f"{self._job} {self._sessions}".encode()).hexdigest()
+            self._session = self._job if self._sessions == 1 else JobId(named[: len(self._job)])
+        return self._session
+
+    def _wait(self, now: Instant, what: NotYet | Full | None) -> Effects[P]:
         first_time = self._without_island_since is None
         if self._without_island_since is None:
             self._without_island_since = now
         self._state = _State.WAITING
         self._not_yet_until = None
-        if what is not None:
+        if isinstance(what, NotYet):
             self._without_island_since = now  # its patience begins when nobody works on it any more
             self._not_yet_until = after(now, NOT_YET_NS)
             if first_time:
@@ -411,7 +428,7 @@ class JobSupervisor(Generic[P]):
                 yield Emit(JobPreparing("loading", what.done, what.total))
         elif now - self._without_island_since >= self._policy.wait_ns:
             retry_ms = 1000
-            if self._busy:
+            if self._busy or what is not None:
                 yield from self._give_up("busy", "every Island that runs this model is busy", retry_ms)
             else:
                 lost = f"; the last one failed: {self._last_failure}" if self._last_failure else ""
@@ -429,9 +446,14 @@ class JobSupervisor(Generic[P]):
         timeout: bool = False,
         blamed: bool = True,
         avoided: bool = True,
+        left: Chain | None = None,
     ) -> Effects[P]:
+        """`left`: a chain whose other stages wait for a new head. They do not if the old one could tell them
+        that the session is over.
+        """
         yield from self._speed(peer)
         self._peer = None
+        self._before = left
         self._failures += 1
         self._last_failure = f"{self._name_of(peer)}: {reason}"
         if avoided:
@@ -518,7 +540,7 @@ class JobSupervisor(Generic[P]):
 
     def _facts(self, now: Instant) -> Facts:
         return Facts(
-            job=self._job,
+            job=self._job if self._chain is None else self._session,
             cargo=self._cargo,
             consumer=self._consumer,
             seed=self._work.sampling.seed,

@@ -176,10 +176,13 @@ def placement_headers(runs: Sequence[ChoiceRun]) -> list[tuple[str, str]]:
     if not placed:
         return []
     names = dict.fromkeys(header_safe(each.island) for each in placed)
+    stages = placed[0].stages
+    layers = ", ".join(f"{header_safe(each.island)} {each.first}-{each.last - 1}" for each in stages)
     return [
         ("x-archipelag-island", ", ".join(names)),
         ("x-archipelag-rtt-ms", f"{placed[0].rtt_ns / 1e6:.2f}"),
         ("x-archipelag-queue-ms", f"{placed[0].queue_ns / 1e6:.2f}"),
+        *([("x-archipelag-stages", layers)] if layers else []),
     ]
 
 
@@ -205,6 +208,12 @@ def usage_of(plan: Plan, runs: Sequence[ChoiceRun]) -> dict[str, Any]:
     if first.placed is not None:
         own["rtt_ms"] = round(first.placed.rtt_ns / 1e6, 2)
         own["queue_ms"] = round(first.placed.queue_ns / 1e6, 2)
+        if first.placed.stages:
+            own["stages"] = [
+                {"island": stage.island, "first_layer": stage.first, "last_layer": stage.last - 1}
+                for stage in first.placed.stages
+            ]
+            own["stages_lost"] = sum(each.stages_lost for each in done)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -590,7 +590,7 @@ async def test_two_readers_of_one_job_both_end(world) -> None:
 async def test_a_request_too_large_for_the_wire_is_the_consumers_to_mend(world) -> None:
     async with world() as here:
         await here.island()
-        events = await here.whole(work(5, "x" * (MAX_OFFER_BYTES + 100_000)))
+        events = await here.whole(work(5, "x" * (MAX_OFFER_BYTES + 200_000)))
         assert events[-1] == Failed("too-long", "the request is larger than a job can be")
 
 

@@ -1,0 +1,494 @@
+"""Chains of Islands as this gateway knows and wants them. Pure: adverts and answers in, orders and chains out.
+
+For each Cargo that Islands offer to hold in part, and that none offers whole: who should hold which layers
+(`routing.chains.allocation`), what was ordered and answered, whether a chain is complete; and for each job the
+best chain out of what is held (`routing.chains.routes`).
+
+A job whose head died goes on with the same chain and another head: the other stages still have what they
+computed. Only its last place changes, with a higher generation. Who stands in for other dead stages is settled
+in the ring itself, by the spares that the chain names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from cargos.manifest import Sharding
+from protocol.adverts import OfferedCargo
+from protocol.dice import Dice
+from protocol.ids import CargoDigest, PeerId
+from protocol.instants import SECOND_NS, Instant, after
+from protocol.ring import MAX_SPARES, Chain, HoldShard, ShardHeld, Stage, StagePeer, StageWork
+from protocol.work import Work
+from routing.chains.costs import measured_layer_ns
+from routing.chains.offers import held_ranges, holders_of, rooms_of
+from routing.chains.plan import (
+    Allocation,
+    Assigned,
+    Holder,
+    ModelShape,
+    NoAllocation,
+    Room,
+    Route,
+    allocate,
+    route,
+)
+from routing.islands import Island, IslandBook
+from routing.job_events import FULL, Ask, Assignment, Full, NotYet, StageSeen
+from routing.placement import JobShape, Query, admitted, shape_of
+from routing.requirements import Outlook, Requirements
+
+#: Islands that start together should all be seen before the first layers are ordered: so long after the last
+#: newcomer, but no longer than this after the first one.
+SETTLE_NS: Final = SECOND_NS
+MAX_SETTLE_NS: Final = 5 * SECOND_NS
+
+#: An Island that took an order shows it in its advert within this time, or the order counts as lost.
+ORDER_SHOWN_NS: Final = 20 * SECOND_NS
+
+#: An Island that loads layers for longer than this is not waited for: 10 GB at 300 Mbit/s.
+LOADING_NS: Final = 300 * SECOND_NS
+
+#: One that did not take an order is asked again after this, doubling.
+REFUSED_FIRST_NS: Final = 2 * SECOND_NS
+REFUSED_MAX_NS: Final = 120 * SECOND_NS
+
+#: Spares that are kept for each range, if there are Islands left for it.
+SPARES: Final = 1
+
+#: Addresses of an Island in a chain: four of each fit into an offer (MAX_CHAIN_BYTES).
+MAX_STAGE_ADDRESSES: Final = 4
+
+#: Weight of the newest measurement of an Island's layers: what heads say is a claim.
+SPEED_WEIGHT: Final = 0.2
+
+#: What a wanted Cargo's job looks like while nobody has asked for one.
+_ANY_PROMPT: Final = 128
+_ANY_OUTPUT: Final = 256
+
+_NEVER: Final = Instant(0)
+
+Offer = tuple[Island[PeerId], OfferedCargo]
+RttOf = Callable[[PeerId, PeerId], int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Ask this Island to hold these layers (none if `first == last`)."""
+
+    peer: PeerId
+    hold: HoldShard
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Who holds which layers, for people: (peer, first, last), the head last; `spares` likewise."""
+
+    layers: int
+    stages: tuple[tuple[PeerId, int, int], ...]
+    spares: tuple[tuple[PeerId, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a look at a Cargo gave. `wake`: look again then at the latest. `became_ready`: jobs may go on."""
+
+    orders: tuple[Order, ...] = ()
+    wake: Instant | None = None
+    became_ready: bool = False
+
+
+@dataclass(slots=True)
+class _Taken:
+    """An Island said that it holds these layers, or will; its advert is to show it."""
+
+    first: int
+    last: int
+    until: Instant
+    asked: tuple[int, int]
+
+
+@dataclass(slots=True)
+class _Refused:
+    until: Instant
+    times: int = 1
+
+
+@dataclass(slots=True)
+class _Cargo:
+    """One Cargo's chain."""
+
+    known: dict[PeerId, None] = field(default_factory=dict[PeerId, None])
+    first_seen: Instant = _NEVER
+    newcomer: Instant = _NEVER
+    asking: dict[PeerId, tuple[int, int]] = field(default_factory=dict[PeerId, tuple[int, int]])
+    taken: dict[PeerId, _Taken] = field(default_factory=dict[PeerId, _Taken])
+    refused: dict[PeerId, _Refused] = field(default_factory=dict[PeerId, _Refused])
+    loading: dict[PeerId, Instant] = field(default_factory=dict[PeerId, Instant])
+    layer_ns: dict[PeerId, float] = field(default_factory=dict[PeerId, float])
+    progress: NotYet | None = None
+    layout: Layout | None = None
+    ready: bool = False
+    shortage: str = ""
+    token_ns: int = 0
+    basis: object = None
+    settled: bool = False
+
+
+class ChainBook:
+    """`sharding_of`: how a Cargo's layers can be spread, from its manifest; None: not known (yet), or not at
+    all. `rtt_of`: between two Islands. `me`: the gateway, whom heads answer.
+    """
+
+    def __init__(
+        self,
+        islands: IslandBook[PeerId],
+        outlook: Outlook[PeerId],
+        *,
+        me: PeerId,
+        requirements: Requirements,
+        sharding_of: Callable[[str], Sharding | None],
+        rtt_of: RttOf,
+        dice: Dice,
+    ) -> None:
+        self._islands = islands
+        self._outlook = outlook
+        self._me = me
+        self._requirements = requirements
+        self._sharding_of = sharding_of
+        self._rtt_of = rtt_of
+        self._dice = dice
+        self._cargos: dict[str, _Cargo] = {}
+
+    # --- what others ask ----------------------------------------------------------------------------
+
+    def wanted(self) -> list[str]:
+        """Digests of Cargos that some Island offers in part. Others are forgotten."""
+        shelves = self._islands.shelves
+        digests = [digest for digest, shelf in shelves.items() if shelf.shards > 0]
+        for digest in self._cargos.keys() - set(digests):
+            del self._cargos[digest]
+        return digests
+
+    def ready_tps(self, digest: str) -> float | None:
+        """Tokens/s expected of a complete chain; None: there is none."""
+        cargo = self._cargos.get(digest)
+        if cargo is None or not cargo.ready:
+            return None
+        return SECOND_NS / max(1, cargo.token_ns)
+
+    def layout(self, digest: str) -> Layout | None:
+        """The chain as it is planned or held."""
+        cargo = self._cargos.get(digest)
+        return None if cargo is None else cargo.layout
+
+    def shortage(self, digest: str) -> str:
+        """Why there is no chain and none in the making; empty if that is not so."""
+        cargo = self._cargos.get(digest)
+        return "" if cargo is None else cargo.shortage
+
+    # --- jobs ---------------------------------------------------------------------------------------
+
+    def place(
+        self, now: Instant, digest: CargoDigest, work: Work, ask: Ask[PeerId]
+    ) -> Assignment[PeerId] | NotYet | Full | None:
+        """A chain for the job: the one that had it with another head, or the best there is."""
+        cargo, sharding = self._cargos.get(digest), self._sharding_of(digest)
+        if cargo is None:
+            return None
+        if sharding is None:
+            return cargo.progress
+        job = shape_of(digest, work, ask.done)
+        query = Query(job, self._outlook, ask.excluded, self._requirements)
+        holders = [
+            _with_few_addresses(holder)
+            for holder in holders_of(now, self._islands.offers(digest), query, self._layer_ns(cargo))
+            if holder.peer not in ask.lost
+        ]
+        if ask.chain is not None and (chain := renewed(ask.chain, holders)) is not None:
+            return Assignment(PeerId(chain.head.peer), chain, goes_on=True)
+        found = route(
+            digest,
+            sharding.layers,
+            holders,
+            self._rtt_of,
+            prompt_tokens=job.prompt_tokens,
+            output_tokens=job.output_tokens,
+            dtype="f32" if work.deterministic else "f16s",
+            consumer=self._me,
+            dice=self._dice,
+        )
+        if isinstance(found, Route):
+            return Assignment(PeerId(found.chain.head.peer), found.chain)
+        return FULL if found.busy else cargo.progress
+
+    def measured(self, digest: str, stages: Iterable[StageSeen]) -> None:
+        """What the stages before them measured, as the head tells it."""
+        cargo = self._cargos.get(digest)
+        if cargo is None:
+            return
+        by_index = {stage.index: PeerId(stage.peer) for stage in stages if not stage.failed}
+        for stage in stages:
+            peer = PeerId(stage.peer)
+            before = by_index.get(stage.index - 1 if stage.index else max(by_index, default=0))
+            if stage.failed or before is None or peer not in cargo.known:
+                continue
+            work = StageWork(stage.peer, stage.index, stage.first, stage.last, stage.hop_ns)
+            layer_ns = measured_layer_ns(work, self._rtt_of(before, peer))
+            if layer_ns:
+                known = cargo.layer_ns.get(peer, layer_ns)
+                cargo.layer_ns[peer] = known + SPEED_WEIGHT * (layer_ns - known)
+
+    # --- forming chains -----------------------------------------------------------------------------
+
+    def step(self, now: Instant, digest: str, *, learning: bool) -> Stepped:
+        """Look at a Cargo. `learning`: its manifest is being asked for."""
+        cargo = self._cargos.setdefault(digest, _Cargo())
+        offers = self._admitted(now, CargoDigest(digest))
+        self._note_offers(now, cargo, offers)
+        sharding = self._sharding_of(digest)
+        if sharding is None:
+            cargo.ready = False
+            cargo.layout, cargo.progress = None, NotYet() if learning else None
+            return Stepped()
+        wake = self._settling(now, cargo)
+        if wake is not None:
+            cargo.progress = NotYet(0, sharding.layers)
+            return Stepped(wake=wake)
+        return self._plan(now, digest, cargo, sharding, offers)
+
+    def answered(self, now: Instant, digest: str, order: Order, held: ShardHeld | None) -> None:
+        """An order's answer; None: it could not be asked, or refused."""
+        cargo = self._cargos.get(digest)
+        if cargo is None:
+            return
+        cargo.asking.pop(order.peer, None)
+        cargo.basis = None
+        if held is None or held.first >= held.last:
+            if order.hold.first < order.hold.last:
+                before = cargo.refused.get(order.peer)
+                times = 1 if before is None else before.times + 1
+                wait_ns = min(REFUSED_FIRST_NS << min(times - 1, 10), REFUSED_MAX_NS)
+                cargo.refused[order.peer] = _Refused(after(now, wait_ns), times)
+            return
+        cargo.taken[order.peer] = _Taken(
+            held.first, held.last, after(now, ORDER_SHOWN_NS), (order.hold.first, order.hold.last)
+        )
+
+    # --- inside -------------------------------------------------------------------------------------
+
+    def _admitted(self, now: Instant, digest: CargoDigest) -> list[Offer]:
+        job = JobShape(digest, _ANY_PROMPT, _ANY_OUTPUT)
+        query = Query(job, self._outlook, requirements=self._requirements)
+        return [
+            (island, offered)
+            for island, offered in self._islands.offers(digest)
+            if offered.shard is not None and admitted(now, island, offered, query)
+        ]
+
+    def _note_offers(self, now: Instant, cargo: _Cargo, offers: Sequence[Offer]) -> None:
+        """Who came and who went, and what orders became visible."""
+        here = {island.peer: offered for island, offered in offers}
+        for peer in here.keys() - cargo.known.keys():
+            if not cargo.known:
+                cargo.first_seen = now
+            cargo.known[peer] = None
+            cargo.newcomer = now
+        for peer in cargo.known.keys() - here.keys():
+            for table in (cargo.known, cargo.taken, cargo.refused, cargo.loading, cargo.layer_ns):
+                table.pop(peer, None)
+        for peer, offered in here.items():
+            shard, taken = offered.shard, cargo.taken.get(peer)
+            if shard is None:
+                continue
+            shown = taken is not None and (shard.first, shard.last) == (taken.first, taken.last)
+            if taken is not None and (shown or taken.until <= now):
+                del cargo.taken[peer]
+            if shard.first < shard.last:
+                cargo.refused.pop(peer, None)
+            if offered.state == "loading" and shard.first < shard.last:
+                cargo.loading.setdefault(peer, now)
+            else:
+                cargo.loading.pop(peer, None)
+        for peer in [peer for peer, refused in cargo.refused.items() if refused.until + REFUSED_MAX_NS < now]:
+            del cargo.refused[peer]
+
+    def _settling(self, now: Instant, cargo: _Cargo) -> Instant | None:
+        if cargo.settled:
+            return None
+        until = min(after(cargo.newcomer, SETTLE_NS), after(cargo.first_seen, MAX_SETTLE_NS))
+        if until <= now:
+            cargo.settled = True
+            return None
+        return until
+
+    def _held(self, now: Instant, cargo: _Cargo, offers: Sequence[Offer]) -> list[Holder[PeerId]]:
+        """Ranges that are held, being loaded or taken on, by what is told; not those that take too long."""
+        stuck = {peer for peer, since in cargo.loading.items() if now - since > LOADING_NS}
+        shown = {holder.peer: holder for holder in held_ranges(offers, stuck | cargo.taken.keys())}
+        for island, offered in offers:
+            promised = self._promised(cargo, island.peer)
+            if promised is not None and island.peer not in stuck:
+                shown[island.peer] = Holder(
+                    island.peer, *promised, slots=max(1, offered.slots), active=offered.active
+                )
+        return list(shown.values())
+
+    def _promised(self, cargo: _Cargo, peer: PeerId) -> tuple[int, int] | None:
+        taken = cargo.taken.get(peer)
+        return (taken.first, taken.last) if taken is not None else cargo.asking.get(peer)
+
+    def _rooms(self, now: Instant, cargo: _Cargo, offers: Sequence[Offer], digest: str) -> list[Room[PeerId]]:
+        query = Query(
+            JobShape(CargoDigest(digest), _ANY_PROMPT, _ANY_OUTPUT),
+            self._outlook,
+            requirements=self._requirements,
+        )
+        rooms = rooms_of(now, offers, query, self._layer_ns(cargo))
+        return [
+            room for room in rooms if (refused := cargo.refused.get(room.peer)) is None or refused.until <= now
+        ]
+
+    def _plan(
+        self, now: Instant, digest: str, cargo: _Cargo, sharding: Sharding, offers: Sequence[Offer]
+    ) -> Stepped:
+        held, rooms = self._held(now, cargo, offers), self._rooms(now, cargo, offers, digest)
+        loaded = {
+            (island.peer, shard.first, shard.last)
+            for island, offered in offers
+            if (shard := offered.shard) is not None and offered.state == "ready"
+        }
+        basis = (
+            tuple((h.peer, h.first, h.last) for h in held),
+            tuple((room.peer, room.room_bytes) for room in rooms),
+            frozenset(loaded),
+        )
+        wake = self._next_look(now, cargo)
+        if basis == cargo.basis:
+            return Stepped(wake=wake)
+        cargo.basis = basis
+        found = allocate(_shape(sharding, offers), rooms, held, self._rtt_of, spares=SPARES)
+        if isinstance(found, NoAllocation):
+            found = self._anew(cargo, sharding, offers, held, rooms)
+        was_ready = cargo.ready
+        if isinstance(found, NoAllocation):
+            cargo.ready, cargo.layout, cargo.shortage = False, None, found.detail
+            waiting = any(refused.until > now for refused in cargo.refused.values())
+            cargo.progress = NotYet(0, sharding.layers) if waiting else None
+            return Stepped(wake=wake)
+        cargo.shortage, cargo.token_ns = "", found.cost.token_ns
+        cargo.layout = _layout(found, sharding.layers)
+        there = [s for s in found.stages if (s.peer, s.first, s.last) in loaded]
+        cargo.ready = len(there) == len(found.stages)
+        done = sum(stage.last - stage.first for stage in there)
+        cargo.progress = None if cargo.ready else NotYet(done, sharding.layers)
+        orders = tuple(
+            Order(each.peer, HoldShard(digest, each.first, each.last))
+            for each in found.orders
+            if each.peer not in cargo.asking
+        )
+        for order in orders:
+            cargo.asking[order.peer] = (order.hold.first, order.hold.last)
+        return Stepped(orders, wake, became_ready=cargo.ready and not was_ready)
+
+    def _anew(
+        self,
+        cargo: _Cargo,
+        sharding: Sharding,
+        offers: Sequence[Offer],
+        held: Sequence[Holder[PeerId]],
+        rooms: Sequence[Room[PeerId]],
+    ) -> Allocation[PeerId] | NoAllocation:
+        """The ranges that are held do not fit into a chain: let those go that nobody works with."""
+        told = {island.peer: offered for island, offered in offers}
+        busy = [
+            h
+            for h in held
+            if h.active or h.peer in cargo.taken or h.peer in cargo.asking or h.peer in cargo.loading
+        ]
+        keep = {h.peer for h in busy}
+        shape = _shape(sharding, offers)
+        loose = [
+            Room(h.peer, max(_room_bytes(told[h.peer]), shape.bytes_of(h.first, h.last)), h.speed)
+            for h in held
+            if h.peer not in keep
+        ]
+        return allocate(shape, [*rooms, *loose], busy, self._rtt_of, spares=SPARES)
+
+    def _next_look(self, now: Instant, cargo: _Cargo) -> Instant | None:
+        times = [taken.until for taken in cargo.taken.values()]
+        times += [refused.until for refused in cargo.refused.values() if refused.until > now]
+        times += [after(since, LOADING_NS + 1) for since in cargo.loading.values()]
+        return min((time for time in times if time > now), default=None)
+
+    def _layer_ns(self, cargo: _Cargo) -> Callable[[PeerId], int]:
+        return lambda peer: round(cargo.layer_ns.get(peer, 0))
+
+
+def renewed(chain: Chain, holders: Sequence[Holder[PeerId]]) -> Chain | None:
+    """The chain with another head, if its head is gone and each other place has somebody alive."""
+    by_peer = {holder.peer: holder for holder in holders}
+
+    def alive(peer: StagePeer, stage: Stage) -> bool:
+        holder = by_peer.get(PeerId(peer.peer))
+        return holder is not None and (holder.first, holder.last) == (stage.first, stage.last)
+
+    *others, head = chain.stages
+    if alive(head.holder, head):
+        return None  # it lives: its session there is over, and those behind it, too
+    if not all(any(alive(one, stage) for one in (stage.holder, *stage.spares)) for stage in others):
+        return None
+    standing = {stage.holder.peer for stage in chain.stages}
+    behind = [spare for spare in head.spares if alive(spare, head) and spare.peer not in standing]
+    behind += [
+        StagePeer(holder.peer, holder.addresses)
+        for holder in holders
+        if (holder.first, holder.last) == (head.first, head.last)
+        and holder.peer not in standing
+        and all(spare.peer != holder.peer for spare in behind)
+    ]
+    if not behind:
+        return None
+    stage = msgspec.structs.replace(
+        head, holder=behind[0], spares=tuple(behind[1 : 1 + MAX_SPARES]), generation=head.generation + 1
+    )
+    return msgspec.structs.replace(chain, stages=(*others, stage))
+
+
+def _shape(sharding: Sharding, offers: Iterable[Offer]) -> ModelShape:
+    """With memory for as many sequences as the Islands will take, by their own words."""
+    slots = max((offered.slots for _, offered in offers), default=1)
+    context = max((offered.context_length for _, offered in offers), default=0)
+    return ModelShape.of_sharding(sharding, slots=max(1, slots), context=context)
+
+
+def _room_bytes(offered: OfferedCargo) -> int:
+    return 0 if offered.shard is None else offered.shard.room_mib << 20
+
+
+def _layout(found: Allocation[PeerId], layers: int) -> Layout:
+    def rows(each: Iterable[Assigned[PeerId]]) -> tuple[tuple[PeerId, int, int], ...]:
+        return tuple((one.peer, one.first, one.last) for one in each)
+
+    return Layout(layers, rows(found.stages), rows(found.spares))
+
+
+def _with_few_addresses(holder: Holder[PeerId]) -> Holder[PeerId]:
+    if len(holder.addresses) <= MAX_STAGE_ADDRESSES:
+        return holder
+    return Holder(
+        holder.peer,
+        holder.first,
+        holder.last,
+        holder.speed,
+        holder.slots,
+        holder.active,
+        holder.karma_milli,
+        holder.suspect,
+        holder.load_age_ns,
+        holder.addresses[:MAX_STAGE_ADDRESSES],
+    )

@@ -1,0 +1,276 @@
+"""Keeps chains for Cargos that no single Island holds: asks Islands to hold layers, waits until they have them,
+and mends what breaks. What is decided is in `gateway.chain_book`; here are the calls and the clock.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import structlog
+import trio
+
+from dht.coordinates import estimate_ns
+from gateway.chain_book import ChainBook, Layout, Order
+from gateway.mesh_book import MeshBook
+from gateway.service import StageInfo
+from gateway.work_done import WorkBook
+from node.manifests import fetch_manifest
+from node.overlay.overlay import Overlay
+from node.peers import PeerDown, PeerEvent, Peers
+from node.rpc import CallFailed, PeerUnreachable
+from protocol.adverts import HELLO, METHOD_HELLO
+from protocol.dice import Dice
+from protocol.ids import CargoDigest, PeerId
+from protocol.instants import SECOND_NS, Instant
+from protocol.ring import METHOD_HOLD, SHARD_HELD, Chain, ShardHeld
+from protocol.work import Work
+from routing.job_events import Ask, Assignment, Full, NotYet, StageSeen
+from routing.requirements import Outlook, Requirements
+
+#: Adverts that come together are looked at together.
+GATHER_S: Final = 0.05
+
+#: Without news, all is looked at this often.
+REVIEW_S: Final = 5.0
+
+#: An Island says at once what it will hold; loading comes after. It may have to be dialled before.
+HOLD_NS: Final = 10 * SECOND_NS
+REACH_S: Final = 10.0
+
+#: A stage that its head accuses gets this long to show that it lives.
+ALIVE_NS: Final = SECOND_NS
+
+#: Losses of links that are remembered, to check what heads say of their stages.
+MAX_LOSSES: Final = 4096
+
+#: Cargos for which chains are kept; each may cost an allocation per advert that changes.
+MAX_CHAINED_CARGOS: Final = 64
+
+#: Nobody showed a Cargo's manifest: the next try comes after this.
+MANIFEST_RETRY_S: Final = 10.0
+
+_log = structlog.get_logger("chains")
+
+
+class ChainKeeper:
+    """`run` until cancelled. `ready`: called when a Cargo's chain has become complete."""
+
+    def __init__(
+        self,
+        peers: Peers,
+        overlay: Overlay,
+        known: MeshBook,
+        work: WorkBook,
+        outlook: Outlook[PeerId],
+        *,
+        me: PeerId,
+        requirements: Requirements,
+        now: Callable[[], Instant],
+        nursery: trio.Nursery,
+        ready: Callable[[], None],
+    ) -> None:
+        self._peers = peers
+        self._overlay = overlay
+        self._known = known
+        self._work = work
+        self._now = now
+        self._nursery = nursery
+        self._ready = ready
+        self.book: Final = ChainBook(
+            known.islands,
+            outlook,
+            me=me,
+            requirements=requirements,
+            sharding_of=work.sharding,
+            rtt_of=self._rtt_ns,
+            dice=Dice(overlay.dice.u64(), stream=7),
+        )
+        self._me = me
+        self._news = trio.Event()
+        self._learning: set[str] = set()
+        self._ignorant: dict[str, float] = {}
+        self._told: dict[str, Layout | str | None] = {}
+        self._losses: OrderedDict[PeerId, Instant] = OrderedDict()
+        known.chains = self.book.ready_tps
+        peers.subscribe(self._on_peer)
+
+    # --- what jobs ask ------------------------------------------------------------------------------
+
+    def place(
+        self, cargo: CargoDigest, work: Work, now: Instant, ask: Ask[PeerId]
+    ) -> Assignment[PeerId] | NotYet | Full | None:
+        """See `ChainBook.place`."""
+        return self.book.place(now, cargo, work, ask)
+
+    def stages_of(self, chain: Chain | None) -> tuple[StageInfo, ...]:
+        """For people."""
+        stages = () if chain is None else chain.stages
+        return tuple(
+            StageInfo(self._known.name_of(PeerId(s.holder.peer)), PeerId(s.holder.peer), s.first, s.last)
+            for s in stages
+        )
+
+    def measured(self, cargo: CargoDigest, stages: Iterable[StageSeen]) -> None:
+        self.book.measured(cargo, stages)
+
+    def accused(self, since: Instant, stages: Iterable[StageSeen]) -> None:
+        """A head says that some of these failed. Those of whom it is seen here, too, have failed: their link
+        went down after `since`, or they do not answer now.
+        """
+        for stage in stages:
+            if stage.failed:
+                self._nursery.start_soon(self._try, PeerId(stage.peer), since)
+
+    # --- forming chains -----------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Something changed."""
+        self._news.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._news = trio.Event()
+            wake = self._look_at_all()
+            wait_s = REVIEW_S if wake is None else min(REVIEW_S, max(0, wake - self._now()) / SECOND_NS)
+            with trio.move_on_after(wait_s + GATHER_S):
+                await self._news.wait()
+            await trio.sleep(GATHER_S)
+
+    def _look_at_all(self) -> Instant | None:
+        wakes: list[Instant] = []
+        shelves, became_ready = self._known.islands.shelves, False
+        for digest in self.book.wanted()[:MAX_CHAINED_CARGOS]:
+            if shelves[digest].ready:
+                continue  # somebody has all of it
+            if self._work.sharding(digest) is None:
+                self._learn(digest)
+            step = self.book.step(self._now(), digest, learning=digest in self._learning)
+            for order in step.orders:
+                self._nursery.start_soon(self._order, digest, order)
+            if step.wake is not None:
+                wakes.append(step.wake)
+            became_ready = became_ready or step.became_ready
+            self._tell(digest)
+        for digest in self._told.keys() - shelves.keys():
+            del self._told[digest]
+        if became_ready:
+            self._ready()
+        return min(wakes, default=None)
+
+    async def _order(self, digest: str, order: Order) -> None:
+        held: ShardHeld | None = None
+        hold = order.hold
+        name = self._known.name_of(order.peer)
+        try:
+            with trio.move_on_after(REACH_S):
+                await self._overlay.reach(order.peer)
+                held = await self._peers.call(order.peer, METHOD_HOLD, hold, SHARD_HELD, deadline_ns=HOLD_NS)
+        except (CallFailed, PeerUnreachable) as error:
+            _log.info("layers refused", island=name, first=hold.first, last=hold.last, reason=str(error))
+        if held is not None:
+            _log.info("layers ordered", island=name, first=held.first, last=held.last)
+        self.book.answered(self._now(), digest, order, held)
+        self.look()
+
+    def _tell(self, digest: str) -> None:
+        """Log which Island holds what, when that changed and is complete; or why there is no chain."""
+        layout, shortage = self.book.layout(digest), self.book.shortage(digest)
+        complete = self.book.ready_tps(digest) is not None
+        what = layout if complete else shortage or None
+        if what == self._told.get(digest) or (what is None and digest not in self._told):
+            return
+        self._told[digest] = what
+        info = self._known.model(digest)
+        name = digest if info is None else info.id
+        if isinstance(what, str):
+            _log.warning("no chain", cargo=name, reason=what)
+        elif what is None:
+            _log.info("chain incomplete", cargo=name)
+        else:
+            _log.info(
+                "chain ready",
+                cargo=name,
+                layers=what.layers,
+                stages=[[self._known.name_of(peer), first, last] for peer, first, last in what.stages],
+                spares=[[self._known.name_of(peer), first, last] for peer, first, last in what.spares],
+            )
+
+    # --- manifests ----------------------------------------------------------------------------------
+
+    def _learn(self, digest: str) -> None:
+        tried = self._ignorant.get(digest, 0.0)
+        if digest in self._learning or trio.current_time() < tried or not self._work.lacks(digest):
+            return
+        self._learning.add(digest)
+        self._nursery.start_soon(self._fetch_manifest, digest)
+
+    async def _fetch_manifest(self, digest: str) -> None:
+        """From one Island after the other, until one shows it."""
+        try:
+            for island, _ in tuple(self._known.islands.offers(digest)):
+                manifest = None
+                with trio.move_on_after(REACH_S):
+                    try:
+                        await self._overlay.reach(island.peer)
+                        manifest = await fetch_manifest(self._peers, island.peer, CargoDigest(digest))
+                    except PeerUnreachable:
+                        continue
+                if manifest is not None:
+                    self._work.learn(manifest)
+                    self._ignorant.pop(digest, None)
+                    return
+            self._ignorant[digest] = trio.current_time() + MANIFEST_RETRY_S
+            if len(self._ignorant) > MAX_CHAINED_CARGOS:
+                del self._ignorant[next(iter(self._ignorant))]
+        finally:
+            self._learning.discard(digest)
+            self.look()
+
+    # --- who failed ---------------------------------------------------------------------------------
+
+    def _on_peer(self, event: PeerEvent) -> None:
+        if isinstance(event, PeerDown):
+            self._losses.pop(event.peer, None)
+            self._losses[event.peer] = self._now()
+            if len(self._losses) > MAX_LOSSES:
+                self._losses.popitem(last=False)
+
+    async def _try(self, peer: PeerId, since: Instant) -> None:
+        lost = self._losses.get(peer)
+        gone = lost is not None and lost >= since
+        if not gone and (self._peers.hello(peer) is None or await self._answers(peer)):
+            return  # nothing is seen here of what its head says
+        self._known.islands.suspect(self._now(), peer)
+        self._work.failed(peer, timeout=False)
+        _log.warning("stage failed", island=self._known.name_of(peer))
+
+    async def _answers(self, peer: PeerId) -> bool:
+        """Whether it lives: any answer shows it."""
+        try:
+            await self._peers.call(peer, METHOD_HELLO, self._peers.introduction, HELLO, deadline_ns=ALIVE_NS)
+        except CallFailed as error:
+            return error.code != "deadline"
+        except PeerUnreachable:
+            return False
+        return True
+
+    # --- how far ------------------------------------------------------------------------------------
+
+    def _rtt_ns(self, a: PeerId, b: PeerId) -> int | None:
+        """Between two Islands, or an Island and this gateway."""
+        if self._me in (a, b):
+            other = b if a == self._me else a
+            measured = self._peers.rtt_ns(other)
+            if measured is not None:
+                return measured
+        first, second = self._coordinate(a), self._coordinate(b)
+        return estimate_ns(first, second) if first and second else None
+
+    def _coordinate(self, peer: PeerId) -> int:
+        if peer == self._me:
+            return self._overlay.driver.machine.coordinate
+        island = self._known.islands.get(peer)
+        return 0 if island is None else island.advert.coordinate
