@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.chain_mesh import CARGO, Mesh, checked, open_chain, open_whole
+from bench.chain_client import checked
+from bench.chain_mesh import CARGO, Mesh, open_chain, open_whole
 from bench.figures import header, median, row
 from bench.lab import Lab, why_unavailable
 from protocol.dice import Dice

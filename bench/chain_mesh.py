@@ -4,11 +4,9 @@ delay laboratory, and a client that streams from the gateway as any OpenAI clien
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,14 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from bench.chain_client import KEY, Answer, Client
 from bench.lab import Lab
 from cargos.resolve import resolve_cargo
-from protocol.dice import Dice
 from protocol.limits import MIB
 from routing.chains.plan import ModelShape
 
@@ -39,79 +36,12 @@ MEMORY_SETTING = "engine.memory_mib"
 #: And whether heads draft.
 DRAFTS_SETTING = "engine.drafts"
 
-KEY = "ak_bench_0123456789abcdef"
 NAMES = ("coral", "atoll", "lagoon", "reef", "skerry", "cay", "holm", "islet")
 
 #: Slices are cut and models loaded on a machine that does other things too.
 READY_S = 240
-ANSWER_S = 300
-
 #: Of a line of a log, its end: there stands what an exception says.
 LINE_CHARS = 600
-
-WORDS = (
-    *(
-        "harbour",
-        "salt",
-        "wind",
-        "tide",
-        "rope",
-        "sail",
-        "gull",
-        "pier",
-        "storm",
-        "chart",
-        "lamp",
-        "reef",
-        "island",
-    ),
-    *("cloud", "letter", "market", "bread", "candle", "garden", "window", "river", "stone", "copper", "winter"),
-)
-
-
-def prose(dice: Dice, words: int) -> str:
-    """Words in no order, so that no cache knows them and nothing repeats for long."""
-    return " ".join(dice.choice(WORDS) for _ in range(words))
-
-
-@dataclass
-class Answer:
-    """What a client saw. Times are of `time.perf_counter`, in seconds."""
-
-    began: float = 0.0
-    pieces: list[str] = field(default_factory=list)
-    arrivals: list[float] = field(default_factory=list)
-    ended: float = 0.0
-    finish: str = ""
-    error: str = ""
-    usage: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces)
-
-    @property
-    def tokens(self) -> int:
-        return int(self.usage.get("completion_tokens", 0))
-
-    @property
-    def prompt_tokens(self) -> int:
-        return int(self.usage.get("prompt_tokens", 0))
-
-    @property
-    def ttft_s(self) -> float:
-        return self.arrivals[0] - self.began
-
-    @property
-    def decode_tps(self) -> float:
-        """Tokens/s behind the first. Those that arrived in the first piece together with it count as later
-        ones; that is one piece in some dozens.
-        """
-        return (self.tokens - 1) / (self.arrivals[-1] - self.arrivals[0])
-
-    @property
-    def longest_gap_s(self) -> float:
-        return max((b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)), default=0.0)
 
 
 class Program:
@@ -168,11 +98,12 @@ class Program:
             process.wait()
 
 
-class Mesh:
+class Mesh(Client):
     """A gateway and its Islands. With a laboratory, the gateway is node 0 of it and Island i node i + 1."""
 
     def __init__(self, cargo: str, model: str, *, lab: Lab | None = None) -> None:
-        self.cargo, self.model, self.lab = cargo, model, lab
+        super().__init__("127.0.0.1" if lab is None else lab.address(0), 0, model, lab=lab)
+        self.cargo = cargo
         self._folder = tempfile.TemporaryDirectory(prefix="archipelag-bench-")
         self.root = Path(self._folder.name)
         self.islands: dict[str, Program] = {}
@@ -181,8 +112,8 @@ class Mesh:
         try:
             self.gateway.begin(
                 [
-                    *("gateway.cli", "run", "--host", self._host(0), "--port", "0", "--log-format", "json"),
-                    *("--data-dir", str(self.root / "gateway"), "--listen", f"/ip4/{self._host(0)}/tcp/0"),
+                    *("gateway.cli", "run", "--host", self.host, "--port", "0", "--log-format", "json"),
+                    *("--data-dir", str(self.root / "gateway"), "--listen", f"/ip4/{self.host}/tcp/0"),
                     *("--set", "http.requests_per_minute=0"),
                 ],
                 {"ARCHI_API_KEY": KEY},
@@ -316,95 +247,6 @@ class Mesh:
             time.sleep(0.2)
         raise SystemExit(f"not every stage has a spare: {self.layout_words()}\n{self.gateway.last_words()}")
 
-    # --- asking ---------------------------------------------------------------------------------
-
-    def _connect(self) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection(self._host(0), self.port, timeout=ANSWER_S)
-
-        def open_socket() -> socket.socket:
-            made = socket.create_connection((self._host(0), self.port), ANSWER_S)
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return made
-
-        connection.sock = open_socket() if self.lab is None else self.lab.inside(0, open_socket)
-        return connection
-
-    def get(self, path: str) -> Any:  # noqa: ANN401 - JSON
-        connection = self._connect()
-        connection.request("GET", path, headers={"Authorization": f"Bearer {KEY}"})
-        response = connection.getresponse()
-        body = response.read()
-        connection.close()
-        return json.loads(body) if response.status == 200 else None
-
-    def ask(
-        self,
-        prompt: str,
-        tokens: int,
-        *,
-        at: Callable[[Answer], None] | None = None,
-        **fields: Any,  # noqa: ANN401 - JSON
-    ) -> Answer:
-        """Stream an answer, greedy unless `fields` say otherwise; `at` is called after each piece."""
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "max_tokens": tokens,
-            "temperature": 0,
-            "seed": 1,
-            "ignore_eos": True,
-            "timeout_s": ANSWER_S,
-            **fields,
-        }
-        answer = Answer()
-        connection = self._connect()
-        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-        answer.began = time.perf_counter()
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            answer.error = f"{response.status}: {response.read(2000).decode('utf-8', 'replace')}"
-        else:
-            self._read(response, answer, at)
-        answer.ended = time.perf_counter()
-        connection.close()
-        return answer
-
-    @staticmethod
-    def _read(response: http.client.HTTPResponse, answer: Answer, at: Callable[[Answer], None] | None) -> None:
-        while line := response.readline():
-            if not line.startswith(b"data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                answer.error = chunk["error"]["message"]
-                return
-            answer.usage = chunk.get("usage") or answer.usage
-            for choice in chunk["choices"]:
-                answer.finish = choice["finish_reason"] or answer.finish
-                if choice["delta"].get("content"):
-                    answer.pieces.append(choice["delta"]["content"])
-                    answer.arrivals.append(time.perf_counter())
-                    if at is not None:
-                        at(answer)
-
-    def ask_many(self, prompts: Sequence[str], tokens: int) -> list[Answer]:
-        answers: list[Answer] = [Answer() for _ in prompts]
-
-        def one(index: int) -> None:
-            answers[index] = self.ask(prompts[index], tokens)
-
-        threads = [threading.Thread(target=one, args=(index,)) for index in range(len(prompts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for answer in answers:
-            checked(answer)
-        return answers
-
     def wait_answers(self) -> None:
         """Until the model answers. Raises SystemExit with what the processes said last if it does not."""
         deadline = time.monotonic() + READY_S
@@ -422,13 +264,6 @@ class Mesh:
             time.sleep(0.5)
         words = "\n".join(island.last_words() for island in self.islands.values())
         raise SystemExit(f"the model does not answer: {answer.error}\n{self.gateway.last_words()}\n{words}")
-
-
-def checked(answer: Answer) -> Answer:
-    """The answer itself. Raises SystemExit if it was none: a figure of it would mean nothing."""
-    if answer.error or not answer.finish or len(answer.arrivals) < 1:
-        raise SystemExit(f"no answer: {answer.error or answer.finish or 'the stream broke'}")
-    return answer
 
 
 def memory_mib(cargo: str, stages: int) -> int:

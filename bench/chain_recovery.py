@@ -14,7 +14,8 @@ import sys
 import time
 from typing import Any
 
-from bench.chain_mesh import CARGO, Answer, Mesh, checked, open_chain
+from bench.chain_client import Answer, checked
+from bench.chain_mesh import CARGO, Mesh, open_chain
 from bench.figures import header, median, percentile, row
 from protocol.dice import Dice
 

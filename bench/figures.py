@@ -39,11 +39,11 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {name}, Python {platform.python_version()}, {platform.system()}"
 
 
-def model_path() -> str:
-    """The weights of the demo's Cargo, fetched into the store if need be."""
+def model_path(cargo: str = "smollm2-135m") -> str:
+    """The weights of a Cargo (of the demo's), fetched into the store if need be."""
 
     async def fetch() -> str:
-        entry = resolve_cargo("smollm2-135m")
+        entry = resolve_cargo(cargo)
         files = await CargoStore().ensure(entry.manifest, base=None)
         return str(next(iter(files.values())))
 

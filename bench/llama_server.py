@@ -5,6 +5,7 @@ Both are peers in a benchmark only; they live in `.cache/bench` and nothing of t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -26,10 +27,22 @@ _OFF = ("CURL", "OPENSSL", "BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_APP", "BUILD_
 
 def build_llama_server() -> Path:
     """The server's binary; takes some minutes the first time."""
-    binary = CACHE / "llama.cpp" / "bin" / "llama-server"
-    if binary.exists():
-        return binary
-    print("  building llama.cpp's own server (some minutes, once)", flush=True)
+    return _build(CACHE / "llama.cpp", "llama-server")[0]
+
+
+def build_llama_rpc() -> tuple[Path, Path]:
+    """llama.cpp's server that can use other machines, and what runs on those. A build of its own: the other
+    one's figures stay those of a server without it.
+    """
+    server, rpc = _build(CACHE / "llama.cpp-rpc", "llama-server", "ggml-rpc-server", options=("-DGGML_RPC=ON",))
+    return server, rpc
+
+
+def _build(build: Path, *targets: str, options: tuple[str, ...] = ()) -> list[Path]:
+    binaries = [build / "bin" / target for target in targets]
+    if all(binary.exists() for binary in binaries):
+        return binaries
+    print(f"  building llama.cpp's own {' and '.join(targets)} (some minutes, once)", flush=True)
     sources = CACHE / "sources"
     shutil.rmtree(sources, ignore_errors=True)
     sources.mkdir(parents=True)
@@ -42,15 +55,14 @@ def build_llama_server() -> Path:
     vendored = next(sources.glob("*/vendor/llama.cpp"))
     tools = ROOT / ".venv" / "bin"
     environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    options = [f"-DLLAMA_{name}=OFF" for name in _OFF]
-    build = CACHE / "llama.cpp"
+    off = [f"-DLLAMA_{name}=OFF" for name in _OFF]
     run(
-        *("cmake", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *options),
+        *("cmake", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *off, *options),
         *("-S", str(vendored), "-B", str(build)),
         env=environment,
     )
-    run("ninja", "-C", str(build), "llama-server", env=environment)
-    return binary
+    run("ninja", "-C", str(build), *targets, env=environment)
+    return binaries
 
 
 def install_litellm() -> Path:
@@ -90,6 +102,39 @@ def start_llama_server(model: Path, *, threads: int = 1, slots: int = 1) -> tupl
     )
     wait_answer(f"http://127.0.0.1:{port}/health", process)
     return process, port
+
+
+def start_llama_rpc(model: Path, machines: int, *, slots: int = 1) -> tuple[list[subprocess.Popen[bytes]], int]:
+    """llama.cpp's server with its layers spread over so many processes, one thread each."""
+    server, rpc = build_llama_rpc()
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+
+    def begin(*command: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+
+    ports = [free_port() for _ in range(machines)]
+    processes = [begin(str(rpc), "-H", "127.0.0.1", "-p", str(port), "-t", "1") for port in ports]
+    for port in ports:
+        _wait_port(port)
+    served = free_port()
+    processes.append(
+        begin(
+            *(str(server), "-m", str(model), "--host", "127.0.0.1", "--port", str(served)),
+            *("--rpc", ",".join(f"127.0.0.1:{port}" for port in ports), "-ngl", "99"),
+            *("-t", "1", "-tb", "1", "-np", str(slots), "-c", str(2048 * slots), "--no-webui", "--jinja"),
+        )
+    )
+    wait_answer(f"http://127.0.0.1:{served}/health", processes[-1])
+    return processes, served
+
+
+def _wait_port(port: int, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    raise SystemExit(f"nothing listens on port {port}")
 
 
 def start_litellm(upstream_port: int, model: str, key: str) -> tuple[subprocess.Popen[bytes], int]:
