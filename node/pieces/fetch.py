@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -10,6 +9,7 @@ from typing import Final, Protocol
 import structlog
 import trio
 
+from cargos.errors import WrongContent
 from cargos.manifest import CargoFile
 from cargos.shards.pieces_plan import TICK_NS, PiecesPlan
 from node.p2p.errors import StreamBroken, Unreachable
@@ -22,7 +22,6 @@ from node.streams import ByteStream
 from protocol.errors import ProtocolError
 from protocol.ids import PeerId
 from protocol.instants import SECOND_NS, Instant
-from protocol.pieces import HASH_BYTES
 
 _log = structlog.get_logger("pieces")
 
@@ -45,8 +44,8 @@ class PieceNetwork(Protocol):
 class PieceSink(Protocol):
     """Where pieces go."""
 
-    async def hashes(self) -> bytes | None:
-        """The piece list, if it is known already."""
+    def hashes(self) -> bytes | None:
+        """The piece list, if it is known already. For threads."""
         ...
 
     async def learn(self, hashes: bytes) -> None:
@@ -54,7 +53,7 @@ class PieceSink(Protocol):
         ...
 
     async def put(self, index: int, data: bytes) -> None:
-        """A piece, right. It is kept when this returns."""
+        """Verify a piece by the list and keep it. Raises WrongContent."""
         ...
 
 
@@ -94,7 +93,7 @@ class PieceFetch:
         self._note = note
         sizes = {i: min(file.piece_bytes, file.size_bytes - i * file.piece_bytes) for i in wanted}
         self._plan: PiecesPlan[PeerId] = PiecesPlan(sizes, limits.policy, seed=seed)
-        self._hashes: bytes | None = None
+        self._listed = False
         self._list_turn = trio.Lock()
         self._sessions: dict[PeerId, HolderSession] = {}
         self._trying: set[PeerId] = set()
@@ -113,7 +112,7 @@ class PieceFetch:
         if self._plan.complete:
             await trio.lowlevel.checkpoint()
             return frozenset()
-        self._hashes = await self._sink.hashes()
+        self._listed = await trio.to_thread.run_sync(self._sink.hashes) is not None
         self._progress_at = self._busy_at = trio.current_time()
         with plain_errors():
             async with trio.open_nursery() as nursery:
@@ -205,13 +204,13 @@ class PieceFetch:
     async def _learn_list(self, session: HolderSession) -> bool:
         """Is the piece list known, from this peer or from another one meanwhile?"""
         async with self._list_turn:
-            if self._hashes is None:
+            if not self._listed:
                 hashes = await session.fetch_list()
                 if hashes is not None:
                     await self._sink.learn(hashes)
-                    self._hashes = hashes
+                    self._listed = True
                     self._progress_at = trio.current_time()
-        return self._hashes is not None
+        return self._listed
 
     # --- what to ask --------------------------------------------------------------------------------
 
@@ -281,15 +280,15 @@ class PieceFetch:
 
     async def _check(self, peer: PeerId, index: int, data: bytes, turn: trio.Semaphore) -> None:
         try:
-            if await trio.to_thread.run_sync(_sha256, data) != self._expected(index):
-                self._counters.wrong_pieces += 1
-                self._suspect(peer, f"piece {index} is wrong")
-                self._plan.wrong(peer, index)
-                if peer in self._sessions:
-                    self._sessions[peer].close()
-                self._decide()
-                return
             await self._sink.put(index, data)
+        except WrongContent:
+            self._counters.wrong_pieces += 1
+            self._suspect(peer, f"piece {index} is wrong")
+            self._plan.wrong(peer, index)
+            if peer in self._sessions:
+                self._sessions[peer].close()
+            self._decide()
+            return
         finally:
             turn.release()
         self._plan.verified(index)
@@ -299,11 +298,3 @@ class PieceFetch:
         self._note(index)
         if self._plan.complete:
             self._done.set()
-
-    def _expected(self, index: int) -> bytes:
-        assert self._hashes is not None  # noqa: S101 - no peer is asked for pieces before
-        return self._hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES]
-
-
-def _sha256(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()

@@ -47,7 +47,9 @@ _log = structlog.get_logger("pieces")
 
 
 class PieceSource(Protocol):
-    """A file of which pieces are here. All of it may be called from threads, and while the file grows."""
+    """A file of which pieces are here. All of it may be called from threads, and while the file grows; `close`
+    is called once at the end, when nothing else runs.
+    """
 
     @property
     def size_bytes(self) -> int: ...
@@ -73,6 +75,8 @@ class PieceSource(Protocol):
         """Bytes of the file, exactly `size`. Raises OSError, CargoError, also when they are gone."""
         ...
 
+    def close(self) -> None: ...
+
 
 @dataclass(slots=True)
 class ServeCounters:
@@ -92,7 +96,7 @@ _Out: TypeAlias = MessageStream[FromHolder, ToHolder]
 
 
 class PieceServer:
-    """`find`: the source of the file with this SHA-256, None if nothing of it is here."""
+    """`find`, called in a thread: opens the file with this SHA-256; None if nothing of it is here."""
 
     def __init__(
         self,
@@ -143,9 +147,19 @@ class PieceServer:
             return
         if not isinstance(first, FileWanted):
             raise ProtocolError(Fault.UNEXPECTED, "a stream for pieces that does not begin with its file")
-        source = self._find(first.file)
-        served = None if source is None else _Served(messages, source, self)
-        if served is None or not await served.greet():
+        source = await trio.to_thread.run_sync(self._find, first.file, limiter=self._readers)
+        if source is None:
+            self.counters.refused_unknown += 1
+            await self.send(messages, FileRefused("unknown"))
+            return
+        try:
+            await self._talk(messages, source)
+        finally:
+            source.close()
+
+    async def _talk(self, messages: _Out, source: PieceSource) -> None:
+        served = _Served(messages, source, self)
+        if not await served.greet():
             self.counters.refused_unknown += 1
             await self.send(messages, FileRefused("unknown"))
             return
