@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from node.settings import Settings, SettingsError
+from protocol.adverts import MAX_ADVERT_MEMORY_MIB, MAX_ASK_UCR
 from protocol.errors import ProtocolError
 from protocol.ids import PeerId, peer_id_untrusted
-from protocol.limits import MAX_NAME_CHARS
+from protocol.limits import MAX_CONTEXT_TOKENS, MAX_NAME_CHARS
 
 
 def default_data_dir() -> Path:
@@ -94,6 +95,28 @@ class EngineSettings(Settings, frozen=True):
     """Tokens per sequence; 0: as the Cargo says."""
 
 
+class ShardSettings(Settings, frozen=True):
+    """Cargos too large for this machine: it holds layers of them and works in chains with others.
+
+    `memory_mib`: what weights and sequences of all Cargos may take here; for one that needs more, room for
+    layers is offered instead of running it whole. 0: no limit, all are run whole. `slots`, `context_length`
+    (0: as the Cargo says): sequences at a time and tokens of each, for which memory is set aside.
+    """
+
+    enabled: bool = True
+    memory_mib: Annotated[int, Meta(ge=0, le=MAX_ADVERT_MEMORY_MIB)] = 0
+    slots: Annotated[int, Meta(ge=1, le=64)] = 4
+    context_length: Annotated[int, Meta(ge=0, le=MAX_CONTEXT_TOKENS)] = 0
+
+
+class AskSettings(Settings, frozen=True):
+    """Asking prices in micro-credits: per 1000 prompt and output tokens, and per unit of other work."""
+
+    prompt_ucr: Annotated[int, Meta(ge=0, le=MAX_ASK_UCR)] = 0
+    output_ucr: Annotated[int, Meta(ge=0, le=MAX_ASK_UCR)] = 0
+    unit_ucr: Annotated[int, Meta(ge=0, le=MAX_ASK_UCR)] = 0
+
+
 class LogSettings(Settings, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["console", "json"] = "console"
@@ -104,12 +127,20 @@ class NodeSettings(Settings, frozen=True):
     data_dir: str = ""
     cache_dir: str = ""
     region: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
+    country: Annotated[str, Meta(pattern=r"^(?:[A-Z]{2})?\Z")] = ""
+    """ISO 3166-1 alpha-2 in capitals; empty: not said."""
+
+    schedule: tuple[str, ...] = ()
+    """When it takes jobs (node/schedule.py); empty: always."""
+
     cargos: tuple[str, ...] = ("smollm2-135m",)
     network: NetworkSettings = NetworkSettings()
     nat: NatSettings = NatSettings()
     coordinator: CoordinatorSettings = CoordinatorSettings()
     overlay: OverlaySettings = OverlaySettings()
     engine: EngineSettings = EngineSettings()
+    shards: ShardSettings = ShardSettings()
+    asks: AskSettings = AskSettings()
     log: LogSettings = LogSettings()
 
     @property
