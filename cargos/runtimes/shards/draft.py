@@ -137,21 +137,30 @@ class Drafter:
                 grams.forget()
             self._tokens.pop()
 
-    def propose(self, limit: int) -> list[int]:
-        """What probably comes next: `limit` tokens, or none. A function of the tokens so far alone."""
-        return self.look(limit)[0]
+    @property
+    def cost_ns(self) -> int:
+        return 0
 
-    def look(self, limit: int) -> tuple[list[int], int]:
-        """`propose`, and how many tokens before agree with the place that it is copied from (to MAX_MATCH)."""
-        known = len(self._tokens)
-        at = next(filter(None, (grams.earlier() for grams in self._grams)), 0)
-        if not at or limit <= 0:
-            return [], 0
-        match = 0
+    def match(self) -> int | None:
+        """How many tokens before agree with the place that would be copied from, up to MAX_MATCH. None: there
+        is no such place.
+        """
+        at, known, match = self._place(), len(self._tokens), 0
         while match < min(MAX_MATCH, at) and self._tokens[at - 1 - match] == self._tokens[known - 1 - match]:
             match += 1
-        period = known - at
-        return [self._tokens[at + i % period] for i in range(limit)], match
+        return match or None
+
+    def propose(self, limit: int) -> list[int]:
+        """What probably comes next: `limit` tokens, or none. A function of the tokens so far alone."""
+        at = self._place()
+        if not at:
+            return []
+        period = len(self._tokens) - at
+        return [self._tokens[at + i % period] for i in range(max(0, limit))]
+
+    def _place(self) -> int:
+        """Where the copy begins; 0: nowhere."""
+        return next(filter(None, (grams.earlier() for grams in self._grams)), 0)
 
 
 class DraftPolicy:
@@ -177,8 +186,17 @@ class DraftPolicy:
         `trip_ns`: one traversal with one row, computing included; 0: unknown, no drafts. `row_ns`: what one
         row more takes of the whole ring, times the sessions that share it (they all wait for it).
         """
+        length, _ = self.weigh(trip_ns, row_ns, match=match)
+        self._silent = 0 if length else self._silent + 1
+        if self._silent > _PROBE_AFTER and 0 <= row_ns < trip_ns:  # else not even a sure one would pay
+            self._silent = 0
+            return 1
+        return length
+
+    def weigh(self, trip_ns: int, row_ns: int, *, match: int = 0) -> tuple[int, float]:
+        """(the length that pays best, the tokens that it is expected to bring per nanosecond)."""
         if trip_ns <= 0:
-            return 0
+            return 0, 0.0
         best, best_rate = 0, 1 / trip_ns
         expected = reached = 1.0
         for drafts, chance in enumerate(self._chances(match), start=1):
@@ -187,11 +205,7 @@ class DraftPolicy:
             rate = expected / (trip_ns + drafts * max(0, row_ns))
             if rate > best_rate:
                 best, best_rate = drafts, rate
-        self._silent = 0 if best else self._silent + 1
-        if self._silent > _PROBE_AFTER and row_ns < trip_ns:  # else not even a sure one would pay
-            self._silent = 0
-            return 1
-        return best
+        return best, best_rate
 
     def note(self, drafted: int, accepted: int, *, match: int = 0) -> None:
         """Of `drafted` drafts the first `accepted` were right. Raises ValueError if that can not be."""
@@ -215,6 +229,15 @@ class DraftPolicy:
 class Proposer(Protocol):
     """Whatever drafts."""
 
+    @property
+    def cost_ns(self) -> int:
+        """What it takes to make one draft."""
+        ...
+
+    def match(self) -> int | None:
+        """The depth at which its drafts begin; None: it has none now."""
+        ...
+
     def extend(self, tokens: Iterable[int]) -> None:
         """These came next."""
         ...
@@ -223,44 +246,79 @@ class Proposer(Protocol):
         """Only the first `length` tokens hold."""
         ...
 
-    def look(self, limit: int) -> tuple[list[int], int]:
-        """Up to `limit` drafts, and the depth at which they begin."""
+    def propose(self, limit: int) -> list[int]:
+        """Up to `limit` drafts."""
         ...
 
 
-class Speculation:
-    """A drafter and its policy, for one session. It learns from every token, drafted or not."""
+class _Way:
+    """A proposer and what became of its drafts."""
 
-    __slots__ = ("_drafter", "_guess", "_match", "policy")
+    __slots__ = ("guess", "match", "policy", "proposer")
 
-    def __init__(self, drafter: Proposer | None = None) -> None:
-        self._drafter = drafter or Drafter()
+    def __init__(self, proposer: Proposer) -> None:
+        self.proposer = proposer
         self.policy = DraftPolicy()
-        self._guess: Sequence[int] = ()
-        self._match = 0
+        self.match = 0
+        self.guess: Sequence[int] = ()
 
-    def extend(self, tokens: Iterable[int]) -> None:
+    def verified(self, tokens: Sequence[int]) -> None:
+        checked = min(len(self.guess), len(tokens))
+        right = 0
+        while right < checked and self.guess[right] == tokens[right]:
+            right += 1
+        if checked:
+            self.policy.note(checked, right, match=self.match)
+        self.guess = ()
+
+
+class Speculation:
+    """Drafts for one session: by prompt lookup, or by another proposer where that one pays better."""
+
+    __slots__ = ("_ways",)
+
+    def __init__(self, *others: Proposer) -> None:
+        self._ways = tuple(_Way(proposer) for proposer in (Drafter(), *others))
+
+    def extend(self, tokens: Sequence[int]) -> None:
         """The prompt, or tokens of before. Nothing is learnt from them."""
-        self._guess = ()
-        self._drafter.extend(tokens)
+        for way in self._ways:
+            way.guess = ()
+            way.proposer.extend(tokens)
 
     def truncate(self, length: int) -> None:
-        self._guess = ()
-        self._drafter.truncate(length)
+        """Only the first `length` tokens hold."""
+        for way in self._ways:
+            way.guess = ()
+            way.proposer.truncate(length)
 
     def draft(self, trip_ns: int, row_ns: int, room: int) -> list[int]:
         """What to send behind the last token: at most `room` drafts. Times as for `DraftPolicy.length`."""
-        drafts, self._match = self._drafter.look(max(0, min(room, MAX_DRAFT)))
-        length = self.policy.length(trip_ns, row_ns, match=self._match) if drafts else 0
-        self._guess = drafts[: max(1, length)]  # one at least, to see whether it would have been right
-        return drafts[:length]
+        room = max(0, min(room, MAX_DRAFT))
+        best: tuple[float, int, _Way] | None = None
+        for way in self._ways:
+            way.guess = ()
+            match = way.proposer.match()
+            if match is None or not room:
+                continue
+            way.match = match
+            cost_ns = row_ns + way.proposer.cost_ns
+            length = min(room, way.policy.length(trip_ns, cost_ns, match=match))
+            if not way.proposer.cost_ns:
+                # What costs nothing is made even if it is not sent, to see whether it would have been right.
+                way.guess = way.proposer.propose(max(1, length))
+            _, rate = way.policy.weigh(trip_ns, cost_ns, match=match)
+            if length and (best is None or rate > best[0]):
+                best = rate, length, way
+        if best is None:
+            return []
+        _, length, way = best
+        if way.proposer.cost_ns or not way.guess:
+            way.guess = way.proposer.propose(length)
+        return list(way.guess[:length])
 
     def verified(self, tokens: Sequence[int]) -> None:
         """These came of it: the drafts that were right and the token after them (or fewer at the end)."""
-        checked = min(len(self._guess), len(tokens))
-        right = 0
-        while right < checked and self._guess[right] == tokens[right]:
-            right += 1
-        if checked:
-            self.policy.note(checked, right, match=self._match)
+        for way in self._ways:
+            way.verified(tokens)
         self.extend(tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -55,28 +55,38 @@ def test_it_proposes_what_looking_everywhere_finds(seed: int) -> None:
         assert len(drafter) == len(tokens)
         assert len(proposed) <= limit
         assert proposed == slow_propose(tokens, limit)
-    assert Drafter(tokens).look(9) == drafter.look(9)  # a function of the tokens, not of how they came
+    again = Drafter(tokens)
+    assert (again.propose(9), again.match()) == (
+        drafter.propose(9),
+        drafter.match(),
+    )  # a function of the tokens, not of how they came
 
 
 def test_nothing_is_proposed_for_what_was_never_seen() -> None:
     drafter = Drafter()
     assert drafter.propose(5) == []
+    assert drafter.match() is None
     drafter.extend([1])
     assert drafter.propose(5) == []
     drafter.extend([2, 3])
     assert drafter.propose(5) == []
     drafter.extend([1])
     assert drafter.propose(0) == []
-    assert drafter.look(5) == ([2, 3, 1, 2, 3], 1)
+    assert drafter.propose(5) == [2, 3, 1, 2, 3]
+    assert drafter.match() == 1
 
 
 def test_longer_agreement_wins_over_later() -> None:
     # "1 2 3 4" came once before, with 9 after it; "4" came later, with 7 after it.
-    assert Drafter([1, 2, 3, 4, 9, 4, 7, 1, 2, 3, 4]).look(1) == ([9], 4)
+    drafter = Drafter([1, 2, 3, 4, 9, 4, 7, 1, 2, 3, 4])
+    assert drafter.propose(1) == [9]
+    assert drafter.match() == 4
 
 
 def test_repeating_text_is_drafted_in_its_period_and_agreement_counted_up_to_its_limit() -> None:
-    assert Drafter([1, 2, 3] * 20).look(7) == ([1, 2, 3, 1, 2, 3, 1], 16)
+    drafter = Drafter([1, 2, 3] * 20)
+    assert drafter.propose(7) == [1, 2, 3, 1, 2, 3, 1]
+    assert drafter.match() == 16
 
 
 def test_impossible_lengths_are_refused() -> None:
@@ -217,3 +227,67 @@ def test_the_same_history_drafts_the_same() -> None:
     dice = Dice(5)
     text = [dice.below(6) for _ in range(600)]
     assert run(text, 10, 50 * MS, 5 * MS) == run(text, 10, 50 * MS, 5 * MS)
+
+
+class Oracle:
+    """A model that drafts: right `chance` of the time, and each draft takes it `cost_ns`."""
+
+    def __init__(self, text: list[int], chance: float, cost_ns: int) -> None:
+        self._text, self._chance, self._cost_ns = text, chance, cost_ns
+        self._dice, self._at, self.made = Dice(9), 0, 0
+
+    @property
+    def cost_ns(self) -> int:
+        return self._cost_ns
+
+    def match(self) -> int | None:
+        return 0
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        self._at += len(tuple(tokens))
+
+    def truncate(self, length: int) -> None:
+        self._at = length
+
+    def propose(self, limit: int) -> list[int]:
+        self.made += limit
+        coming = self._text[self._at : self._at + limit]
+        return [token if self._dice.unit() < self._chance else -1 for token in coming]
+
+
+@pytest.mark.parametrize(
+    ("chance", "cost", "least", "most"), [(0.9, 5, 4, 16), (0.9, 95, 0, 0.1), (0.02, 5, 0, 0.3)]
+)
+def test_a_model_drafts_where_lookup_can_not_and_its_time_is_paid_back(
+    chance: float, cost: int, least: float, most: float
+) -> None:
+    """Drafts a traversal: many of a good and quick one, hardly any of a slow or bad one."""
+    dice = Dice(8)
+    text = [dice.below(30_000) for _ in range(900)]
+    oracle = Oracle(text, chance, cost * MS)
+    speculation = Speculation(oracle)
+    speculation.extend(text[:10])
+    at, trips = 10, 0
+    while at < len(text) - 20:
+        drafts = speculation.draft(100 * MS, 2 * MS, 16)
+        right = 0
+        while right < len(drafts) and drafts[right] == text[at + right]:
+            right += 1
+        speculation.verified(text[at : at + right + 1])
+        at, trips = at + right + 1, trips + 1
+    assert least <= oracle.made / trips <= most
+
+
+def test_lookup_is_preferred_where_it_knows() -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8] * 60
+    oracle = Oracle(text, 0.9, 30 * MS)
+    speculation = Speculation(oracle)
+    speculation.extend(text[:40])
+    at = 40
+    while at < len(text) - 20:
+        drafts = speculation.draft(100 * MS, 2 * MS, 16)
+        assert drafts == text[at : at + len(drafts)] or -1 in drafts
+        right = next((i for i, token in enumerate(drafts) if token != text[at + i]), len(drafts))
+        speculation.verified(text[at : at + right + 1])
+        at += right + 1
+    assert oracle.made <= 16
