@@ -1,0 +1,82 @@
+"""Bounds and patience of the ring machine, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.instants import MILLISECOND_NS, SECOND_NS
+from protocol.limits import MIB
+from protocol.ring import MAX_FEED_BYTES, MAX_FEED_ROWS
+
+#: Rows and bytes on the way to a stage that it has not acknowledged; whatever its own policy says, nobody
+#: sends more than this. 1,024 rows are sixteen steps of the engine: enough to keep all stages of a chain busy.
+MAX_WINDOW_ROWS: Final = 1024
+MAX_WINDOW_BYTES: Final = 2 * MAX_FEED_BYTES
+
+#: What a stage takes in from a stage before it: its window, and one feed that was begun within it.
+MAX_TAKEN_ROWS: Final = MAX_WINDOW_ROWS + MAX_FEED_ROWS
+
+#: Bytes held back while the engine finishes rows that are void by now.
+MAX_HELD_BYTES: Final = MAX_WINDOW_BYTES + MAX_FEED_BYTES
+
+#: A timer that fires later than this says that this process was stopped: nobody else is to blame for the silence.
+LATE_NS: Final = 500 * MILLISECOND_NS
+
+#: Changes of mind that a head remembers one by one. Only rows that are still on their way need them.
+MAX_CUTS: Final = 1024
+
+#: Feeds whose time is being taken, per session: those within one window, one row each, and more are not needed.
+MAX_MARKS: Final = 64
+
+#: The weight of a new measurement is one part in this.
+SMOOTHING: Final = 8
+
+#: A draw of at most this many rows says what one traversal takes; larger ones are prompts.
+TRIP_ROWS: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class RingPolicy:
+    """Durations in nanoseconds."""
+
+    ping_ns: int = 250 * MILLISECOND_NS
+    """Between pings on a link that sessions use."""
+    dead_ns: int = SECOND_NS
+    """Silence until a stage is given up: four pings. Its network answers them, also while its engine computes."""
+    connect_ns: int = 2500 * MILLISECOND_NS
+    """Until the first word of a peer that has to be dialled."""
+    open_ns: int = 4 * SECOND_NS
+    """Until a stage that answers pings answers to `RingOpen`."""
+    retry_ns: int = 500 * MILLISECOND_NS
+    """Until the head, which only the gateway can replace, is tried again by the stage before it..."""
+    head_tries: int = 6
+    """...so often."""
+    stall_ns: int = 20 * SECOND_NS
+    """Rows are with a stage that lives, but it acknowledges none for this long: its engine hangs. The slowest
+    step allowed (63 rows on a small machine) takes a third of it."""
+    drain_ns: int = 10 * SECOND_NS
+    """Until the engine has computed what is void by now; then its memory of the session is given up."""
+    orphan_ns: int = 30 * SECOND_NS
+    """A session without the stage before it is kept this long: somebody may take that place."""
+    end_ns: int = SECOND_NS
+    """Until the end has gone round the ring."""
+    window_rows: int = 512
+    """On the way to the next stage. A feed goes if there is room for one row, so a single one always passes."""
+    window_bytes: int = MAX_FEED_BYTES
+    feed_rows: int = 256
+    """Rows in one feed when there is a backlog (a prompt, a replay): four steps of the engine."""
+    feed_bytes: int = 2 * MIB
+    log_bytes: int = 256 * MIB
+    """Outputs kept for replays, all sessions of this node together. 16,000 rows of the largest models. Beyond
+    it the session with the longest log forgets first what the next stage has; if that one dies, this stage
+    asks for its own input again and recomputes (`RingOpened(again)`), so nothing is lost but time."""
+    sessions: int = 128
+    """At once in this node. The engine's slots bound it further; each costs a few KiB here."""
+    sessions_per_peer: int = 64
+
+    def __post_init__(self) -> None:
+        if self.window_rows > MAX_WINDOW_ROWS or self.window_bytes > MAX_WINDOW_BYTES:
+            raise ValueError("the window is larger than what stages take in")
+        if self.feed_rows > MAX_FEED_ROWS or self.feed_bytes > MAX_FEED_BYTES:
+            raise ValueError("a feed is larger than what a message holds")
