@@ -221,9 +221,9 @@ class CargoStore:
     async def _fetch(
         self, file: CargoFile, base: Path | None, tell: ProgressCallback, peers: PieceFetcher | None
     ) -> None:
-        """Try peers, then the sources in order, with the lock held."""
+        """Try peers (unless the file is on this machine), then the sources in order, with the lock held."""
         causes: list[tuple[str, SourceFailed]] = []
-        if peers is not None and file.pieces:
+        if peers is not None and file.pieces and not (base is not None and _lies_here(file)):
             try:
                 await self._fetch_from_peers(file, tell, peers)
             except SourceFailed as error:
@@ -467,6 +467,10 @@ def _ignore(_: FetchProgress) -> None:
 def _compare(file: CargoFile, got: str) -> None:
     if got != file.sha256:
         raise WrongContent(file.name, f"sha256 {file.sha256}", f"sha256 {got}")
+
+
+def _lies_here(file: CargoFile) -> bool:
+    return any(is_local(parse_locator_untrusted(source)) for source in file.sources)
 
 
 def _folder(digest: CargoDigest) -> str:

@@ -109,6 +109,16 @@ class ShardSettings(Settings, frozen=True):
     context_length: Annotated[int, Meta(ge=0, le=MAX_CONTEXT_TOKENS)] = 0
 
 
+class PieceSettings(Settings, frozen=True):
+    """Files of Cargos between peers. `serve`: give to others what is here. `fetch`: ask others before the
+    sources that the manifest names. `upload_mbit`: Mbit/s to all of them together; 0: no bound.
+    """
+
+    serve: bool = True
+    fetch: bool = True
+    upload_mbit: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+
+
 class AskSettings(Settings, frozen=True):
     """Asking prices in micro-credits: per 1000 prompt and output tokens, and per unit of other work."""
 
@@ -140,6 +150,7 @@ class NodeSettings(Settings, frozen=True):
     overlay: OverlaySettings = OverlaySettings()
     engine: EngineSettings = EngineSettings()
     shards: ShardSettings = ShardSettings()
+    pieces: PieceSettings = PieceSettings()
     asks: AskSettings = AskSettings()
     log: LogSettings = LogSettings()
 

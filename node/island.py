@@ -46,6 +46,8 @@ from node.p2p.host import plain_errors
 from node.p2p.identify import serve_identify
 from node.p2p.ping import serve_ping
 from node.peers import open_peers
+from node.pieces.limits import ServeLimits
+from node.pieces.service import PiecesConfig, PieceService, open_pieces
 from node.settings import SettingsError
 from node.snapshot import Snapshot, snapshot
 from node.state import HostedCargo, IslandState
@@ -108,6 +110,12 @@ def coordinator_config(settings: NodeSettings) -> CoordinatorConfig:
     )
 
 
+def pieces_config(settings: NodeSettings) -> PiecesConfig:
+    """What of its store an Island gives to others."""
+    upload = settings.pieces.upload_mbit * 1_000_000 // 8
+    return PiecesConfig(settings.pieces.serve, ServeLimits(upload_bytes_per_s=upload))
+
+
 def unix_now() -> UnixNs:
     return UnixNs(time.time_ns())
 
@@ -129,6 +137,7 @@ class Island:
         self._coordinate = 0
         self._coordinate_from = -COORDINATE_S
         self.state: IslandState
+        self._pieces: PieceService
 
     async def run(self, *, ready: Callable[[IslandState], Awaitable[None]] | None = None) -> None:
         """Run until cancelled. `ready` is called once the Island listens (its Cargos may still load)."""
@@ -166,6 +175,7 @@ class Island:
                 open_peers(host, hello=hello, dice=dice) as peers,
                 open_overlay(host, peers, overlay_config(settings), self.identity) as overlay,
                 open_traversal(host, overlay, settings.nat),
+                open_pieces(host, overlay, self.store, pieces_config(settings)) as self._pieces,
                 nullcontext(CoordinationPort(peers)) as port,
                 open_coordinator(
                     host,
@@ -254,7 +264,9 @@ class Island:
             hosted.done_bytes, hosted.total_bytes = progress.done_bytes, progress.total_bytes or 0
 
         try:
-            files = await self.store.ensure(manifest, base=hosted.entry.base, progress=note)
+            peers = self._pieces.fetch_pieces if self.settings.pieces.fetch else None
+            files = await self.store.ensure(manifest, base=hosted.entry.base, progress=note, peers=peers)
+            self._pieces.note_change()
         except CargoError as error:
             self._give_up_cargo(hosted, str(error))
             return
