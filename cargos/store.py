@@ -25,7 +25,7 @@ import msgspec
 import trio
 
 from cargos.errors import CargoError, FetchFailed, ManifestError, SourceFailed, StoreUnusable, WrongContent
-from cargos.locator import is_local, parse_locator_untrusted
+from cargos.locator import FileLocator, is_local, parse_locator_untrusted
 from cargos.lock import file_lock
 from cargos.manifest import CargoFile, Manifest, canonical_json
 from cargos.manifest_text import MAX_MANIFEST_BYTES, parse_manifest_untrusted
@@ -470,7 +470,7 @@ def _compare(file: CargoFile, got: str) -> None:
 
 
 def _lies_here(file: CargoFile) -> bool:
-    return any(is_local(parse_locator_untrusted(source)) for source in file.sources)
+    return any(isinstance(parse_locator_untrusted(source), FileLocator) for source in file.sources)
 
 
 def _folder(digest: CargoDigest) -> str:
