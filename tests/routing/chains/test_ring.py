@@ -1,0 +1,163 @@
+"""The ring as a whole: what comes out at the head is what an undisturbed ring makes, whatever happens on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from protocol.dice import Dice
+from protocol.instants import MILLISECOND_NS, SECOND_NS
+from protocol.ring import STAGE_RECEIPT, Chain
+from routing.chains import events as ev
+from routing.chains.ring import RingPolicy
+
+SESSION = "ab" * 16
+COUNT = 24
+
+
+def drafting(dice: Dice, truth: list[int], prompt: int) -> Any:
+    """Guesses that are right more often than not, given what the ring will make."""
+
+    def drafts(tokens: list[int], goal: int) -> list[int]:
+        made = len(tokens) - prompt
+        most = min(dice.below(6), goal - len(tokens) - 1)
+        return [
+            truth[made + ahead] if dice.below(10) < 7 and made + ahead < len(truth) else dice.below(1000)
+            for ahead in range(max(0, most))
+        ]
+
+    return drafts
+
+
+class Case:
+    """One job on a ring of `stages`, and its truth."""
+
+    def __init__(
+        self,
+        world_type: Any,
+        reference: Any,
+        *,
+        stages: int = 3,
+        spares: int = 1,
+        prompt: int = 100,
+        seed: int = 0,
+        deterministic: bool = False,
+        drafts: bool = False,
+        policy: RingPolicy | None = None,
+        delay_ns: int = 5 * MILLISECOND_NS,
+        count: int = COUNT,
+    ):
+        self.world = world_type(seed, policy=policy, delay_ns=delay_ns)
+        self.world.deterministic = deterministic
+        self.dice = Dice(seed, 9)
+        self.chain: Chain = self.world.ring(stages, spares=spares)
+        self.prompt = [self.dice.below(1000) for _ in range(prompt)]
+        self.truth = reference(self.chain, self.prompt, count, deterministic=deterministic)
+        make = drafting(self.dice, self.truth, prompt) if drafts else (lambda tokens, goal: [])
+        self.order = self.world.gateway.start(
+            SESSION, self.chain, self.prompt, count, deterministic=deterministic, drafts=make
+        )
+
+    def finish(self, limit_ns: int = 120 * SECOND_NS) -> None:
+        self.world.run(until=lambda: self.order.done_at is not None, limit_ns=limit_ns)
+        assert self.order.done_at is not None, f"only {len(self.order.got)} tokens"
+        assert self.order.got == self.truth
+
+    def until_tokens(self, count: int) -> None:
+        self.world.run(until=lambda: len(self.order.got) >= count)
+
+
+@pytest.fixture
+def case(ring_world: Any, ring_reference: Any) -> Any:
+    return lambda **how: Case(ring_world, ring_reference, **how)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 8])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("drafts", [False, True])
+def test_undisturbed(case: Any, stages: int, deterministic: bool, drafts: bool) -> None:
+    if deterministic and drafts:
+        pytest.skip("deterministic sessions have no drafts")
+    ring = case(stages=stages, deterministic=deterministic, drafts=drafts)
+    ring.finish()
+    world = ring.world
+    world.run(until=lambda: bool(ring.order.ended), limit_ns=3 * SECOND_NS)
+    (ended,) = ring.order.ended
+    assert [work.peer for work in ended.works] == [str(index) for index in range(stages)]
+    for index, work in enumerate(ended.works):
+        assert not work.failed
+        assert work.hop_ns > 0
+        receipt = STAGE_RECEIPT.decode_untrusted(work.receipt.body)
+        assert (receipt.index, receipt.first, receipt.last) == (index, work.first, work.last)
+        assert receipt.rows >= receipt.kept == len(ring.prompt) + COUNT - 1
+        assert receipt.compute_ns > 0
+    for node in world.nodes.values():
+        assert not node.machine.sessions(ring.chain.cargo)
+        assert not node.engine.sessions
+        assert node.machine.log_bytes == 0
+    world.run(limit_ns=2 * SECOND_NS)
+    assert all(node.machine.next_wake() is None for node in world.nodes.values())
+
+
+@pytest.mark.parametrize("victim", ["0", "1", "2", "3"])
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_stage_dies_between_tokens(case: Any, victim: str, how: str, deterministic: bool) -> None:
+    ring = case(stages=4, deterministic=deterministic, drafts=not deterministic)
+    ring.until_tokens(7)
+    getattr(ring.world, how)(victim)
+    ring.finish()
+    assert max(ring.order.gaps) < 2 * SECOND_NS
+
+
+TROUBLES = ("kill", "kill", "freeze", "engine", "link", "twin")
+
+
+def trouble(ring: Case) -> None:
+    """Something at random goes wrong, anywhere; enough Islands are left to go on."""
+    world, dice = ring.world, ring.dice
+    kind = dice.choice(TROUBLES)
+    if kind == "link":
+        if world.links:
+            world.break_link(*dice.choice(sorted(world.links)))
+        return
+    for _ in range(2 if kind == "twin" else 1):
+        able = [node for node in world.nodes.values() if not node.dead and not node.frozen]
+        node = dice.choice(able)
+        if kind == "engine":
+            node.lose_engine()
+        elif len(world.holders(node.engine.first, node.engine.last)) > 1:
+            if kind == "freeze":
+                world.freeze(node.name)
+                if dice.below(2):
+                    world.later(dice.below(4 * SECOND_NS), lambda name=node.name: world.thaw(name))
+            else:
+                world.kill(node.name)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_trouble_at_any_moment(case: Any, seed: int) -> None:
+    dice = Dice(seed, 5)
+    deterministic = bool(dice.below(2))
+    ring = case(
+        seed=seed,
+        stages=2 + dice.below(4),
+        spares=2,
+        prompt=1 + dice.below(400),
+        deterministic=deterministic,
+        drafts=not deterministic,
+        policy=RingPolicy(log_bytes=dice.choice([0, 500, 1 << 20]), window_rows=dice.choice([1, 40, 512])),
+        delay_ns=(1 + dice.below(40)) * MILLISECOND_NS,
+    )
+    at = 0
+    for _ in range(1 + dice.below(6)):
+        at += dice.below(600 * MILLISECOND_NS)
+        ring.world.later(at, lambda: trouble(ring))
+    ring.finish()
+    ring.world.run(limit_ns=70 * SECOND_NS)
+    for node in ring.world.nodes.values():
+        if not node.dead and not node.frozen:
+            assert not node.machine.sessions(ring.chain.cargo), f"{node.name} keeps a session"
+            assert not node.engine.sessions, f"{node.name}'s engine keeps a session"
+            assert node.machine.next_wake() is None
