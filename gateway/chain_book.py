@@ -22,7 +22,17 @@ from protocol.adverts import OfferedCargo
 from protocol.dice import Dice
 from protocol.ids import CargoDigest, PeerId
 from protocol.instants import SECOND_NS, Instant, after
-from protocol.ring import MAX_SPARES, Chain, HoldShard, ShardHeld, Stage, StagePeer, StageWork
+from protocol.ring import (
+    MAX_SPARES,
+    MAX_STAGES,
+    MIN_STAGES,
+    Chain,
+    HoldShard,
+    ShardHeld,
+    Stage,
+    StagePeer,
+    StageWork,
+)
 from protocol.work import Work
 from routing.chains.costs import measured_layer_ns
 from routing.chains.offers import held_ranges, holders_of, rooms_of
@@ -37,6 +47,7 @@ from routing.chains.plan import (
     allocate,
     route,
 )
+from routing.chains.rebalance import Balancer
 from routing.islands import Island, IslandBook
 from routing.job_events import FULL, Ask, Assignment, Full, NotYet, StageSeen
 from routing.placement import JobShape, Query, admitted, shape_of
@@ -57,6 +68,9 @@ LOADING_NS: Final = 300 * SECOND_NS
 REFUSED_FIRST_NS: Final = 2 * SECOND_NS
 REFUSED_MAX_NS: Final = 120 * SECOND_NS
 
+#: How often it is looked whether a range should be joined by others.
+BALANCE_NS: Final = 30 * SECOND_NS
+
 #: Spares that are kept for each range, if there are Islands left for it.
 SPARES: Final = 1
 
@@ -71,6 +85,7 @@ _ANY_PROMPT: Final = 128
 _ANY_OUTPUT: Final = 256
 
 _NEVER: Final = Instant(0)
+_MIB: Final = 1 << 20
 
 Offer = tuple[Island[PeerId], OfferedCargo]
 RttOf = Callable[[PeerId, PeerId], int | None]
@@ -94,7 +109,19 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Stepped:
+class Shortage:
+    """`detail`: for people. What would do: so many Islands with as much room as those here have on average
+    (`room_mib`), or as many Islands as there are (`here`) with so much room each. None: nothing would.
+    """
+
+    detail: str
+    here: int
+    room_mib: int
+    enough_islands: int | None
+    enough_room_mib: int | None
+
+
+class Stepped(msgspec.Struct, frozen=True):
     """What a look at a Cargo gave. `wake`: look again then at the latest. `became_ready`: jobs may go on."""
 
     orders: tuple[Order, ...] = ()
@@ -133,9 +160,11 @@ class _Cargo:
     progress: NotYet | None = None
     layout: Layout | None = None
     ready: bool = False
-    shortage: str = ""
+    shortage: Shortage | None = None
     token_ns: int = 0
     basis: object = None
+    balancer: Balancer[PeerId] = field(default_factory=Balancer[PeerId])
+    balanced: Instant = _NEVER
     settled: bool = False
 
 
@@ -186,10 +215,10 @@ class ChainBook:
         cargo = self._cargos.get(digest)
         return None if cargo is None else cargo.layout
 
-    def shortage(self, digest: str) -> str:
-        """Why there is no chain and none in the making; empty if that is not so."""
+    def shortage(self, digest: str) -> Shortage | None:
+        """Why there is no chain and none can be made of the Islands that are here; None if that is not so."""
         cargo = self._cargos.get(digest)
-        return "" if cargo is None else cargo.shortage
+        return None if cargo is None else cargo.shortage
 
     # --- jobs ---------------------------------------------------------------------------------------
 
@@ -259,7 +288,9 @@ class ChainBook:
         if wake is not None:
             cargo.progress = NotYet(0, sharding.layers)
             return Stepped(wake=wake)
-        return self._plan(now, digest, cargo, sharding, offers)
+        stepped = self._plan(now, digest, cargo, sharding, offers)
+        moved = self._balance(now, digest, cargo, sharding, offers)
+        return msgspec.structs.replace(stepped, orders=(*stepped.orders, *moved)) if moved else stepped
 
     def answered(self, now: Instant, digest: str, order: Order, held: ShardHeld | None) -> None:
         """An order's answer; None: it could not be asked, or refused."""
@@ -376,11 +407,12 @@ class ChainBook:
             found = self._anew(cargo, sharding, offers, held, rooms)
         was_ready = cargo.ready
         if isinstance(found, NoAllocation):
-            cargo.ready, cargo.layout, cargo.shortage = False, None, found.detail
+            cargo.ready, cargo.layout = False, None
+            cargo.shortage = shortage_of(found, _shape(sharding, offers), [_room_bytes(o) for _, o in offers])
             waiting = any(refused.until > now for refused in cargo.refused.values())
             cargo.progress = NotYet(0, sharding.layers) if waiting else None
             return Stepped(wake=wake)
-        cargo.shortage, cargo.token_ns = "", found.cost.token_ns
+        cargo.shortage, cargo.token_ns = None, found.cost.token_ns
         cargo.layout = _layout(found, sharding.layers)
         there = [s for s in found.stages if (s.peer, s.first, s.last) in loaded]
         cargo.ready = len(there) == len(found.stages)
@@ -394,6 +426,23 @@ class ChainBook:
         for order in orders:
             cargo.asking[order.peer] = (order.hold.first, order.hold.last)
         return Stepped(orders, wake, became_ready=cargo.ready and not was_ready)
+
+    def _balance(
+        self, now: Instant, digest: str, cargo: _Cargo, sharding: Sharding, offers: Sequence[Offer]
+    ) -> tuple[Order, ...]:
+        """Ranges that are busy for long are joined by others."""
+        held = self._held(now, cargo, offers)
+        cargo.balancer.watch(now, held)
+        if not cargo.ready or now - cargo.balanced < BALANCE_NS:
+            return ()
+        cargo.balanced = now
+        rooms = self._rooms(now, cargo, offers, digest)
+        unmoved = [h for h in held if h.peer not in cargo.asking and h.peer not in cargo.taken]
+        moves = cargo.balancer.moves(now, _shape(sharding, offers), rooms, unmoved)
+        orders = tuple(Order(move.peer, HoldShard(digest, move.first, move.last)) for move in moves)
+        for order in orders:
+            cargo.asking[order.peer] = (order.hold.first, order.hold.last)
+        return orders
 
     def _anew(
         self,
@@ -464,6 +513,30 @@ def _shape(sharding: Sharding, offers: Iterable[Offer]) -> ModelShape:
     slots = max((offered.slots for _, offered in offers), default=1)
     context = max((offered.context_length for _, offered in offers), default=0)
     return ModelShape.of_sharding(sharding, slots=max(1, slots), context=context)
+
+
+def shortage_of(found: NoAllocation, shape: ModelShape, rooms: Sequence[int]) -> Shortage:
+    """Why nothing fits, and what would. `rooms`: bytes that each Island offers."""
+    here = len(rooms)
+    room = sum(rooms) // max(1, here)
+    most_mib = -(-shape.total_bytes // _MIB)
+
+    def fits(islands: int, room_bytes: int) -> bool:
+        """Each takes as many layers as it can; with equal rooms nothing goes farther."""
+        at = 0
+        for _ in range(islands):
+            ends = [end for end in range(at + 1, shape.layers + 1) if shape.bytes_of(at, end) <= room_bytes]
+            at = max(ends, default=at)
+        return at == shape.layers
+
+    islands = next((n for n in range(max(here, MIN_STAGES), MAX_STAGES + 1) if fits(n, room)), None)
+    count = min(max(here, MIN_STAGES), MAX_STAGES)
+    low, high = room // _MIB, most_mib
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(count, middle * _MIB) else (middle, high)
+    enough = high if here >= MIN_STAGES and fits(count, high * _MIB) else None
+    return Shortage(found.detail, here, room // _MIB, islands, enough)
 
 
 def _room_bytes(offered: OfferedCargo) -> int:

@@ -12,7 +12,7 @@ import structlog
 import trio
 
 from dht.coordinates import estimate_ns
-from gateway.chain_book import ChainBook, Layout, Order
+from gateway.chain_book import ChainBook, Layout, Order, Shortage
 from gateway.mesh_book import MeshBook
 from gateway.service import StageInfo
 from gateway.work_done import WorkBook
@@ -91,7 +91,7 @@ class ChainKeeper:
         self._news = trio.Event()
         self._learning: set[str] = set()
         self._ignorant: dict[str, float] = {}
-        self._told: dict[str, Layout | str | None] = {}
+        self._told: dict[str, Layout | Shortage | None] = {}
         self._losses: OrderedDict[PeerId, Instant] = OrderedDict()
         known.chains = self.book.ready_tps
         peers.subscribe(self._on_peer)
@@ -179,14 +179,22 @@ class ChainKeeper:
         """Log which Island holds what, when that changed and is complete; or why there is no chain."""
         layout, shortage = self.book.layout(digest), self.book.shortage(digest)
         complete = self.book.ready_tps(digest) is not None
-        what = layout if complete else shortage or None
+        what = layout if complete else shortage
         if what == self._told.get(digest) or (what is None and digest not in self._told):
             return
         self._told[digest] = what
         info = self._known.model(digest)
         name = digest if info is None else info.id
-        if isinstance(what, str):
-            _log.warning("no chain", cargo=name, reason=what)
+        if isinstance(what, Shortage):
+            _log.warning(
+                "no chain",
+                cargo=name,
+                reason=what.detail,
+                islands=what.here,
+                room_mib=what.room_mib,
+                enough_islands=what.enough_islands,
+                enough_room_mib=what.enough_room_mib,
+            )
         elif what is None:
             _log.info("chain incomplete", cargo=name)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,17 +37,32 @@ from gateway.chat import figures, terminal_safe
 from gateway.chat_client import Answering, ChatClient, ChatFailed, Closed, HandedOver
 from gateway.chat_client import Text as AnswerText
 from gateway.connection import Connection, connection_path, remove_connection, write_connection
-from gateway.demo_screen import IslandRow, Screen, Tally, islands_table, readable_untrusted, told_untrusted
-from gateway.demo_words import how_to, island_command
+from gateway.demo_screen import (
+    ChainShown,
+    IslandRow,
+    NoChainShown,
+    Screen,
+    Tally,
+    chain_untrusted,
+    islands_table,
+    readable_untrusted,
+    told_untrusted,
+)
+from gateway.demo_words import how_to, island_command, too_little
 from gateway.keys import new_key
 from node.control import NotRunning, Snapshot, ask_status
 from node.runner import flatten
 from protocol.limits import MIB
 
 DEFAULT_PORT: Final = 8080
+DEFAULT_CARGO: Final = "smollm2-135m"
 NAMES: Final = ("coral", "atoll", "lagoon", "reef", "skerry", "cay", "holm", "islet")
 QUESTION: Final = "In two sentences: why is the sea salty?"
 
+#: A tebibyte for each Island: more than any machine of today has.
+MAX_MEMORY_MIB: Final = 1 << 20
+#: Islands that joined are told of this much later at most; then it is clear whether they have room enough.
+SETTLED_S: Final = 8.0
 #: Loading a Cargo on a busy two-core machine takes seconds; minutes mean that something is wrong.
 READY_TIMEOUT_S: Final = 180
 #: How long a child may take to end before it is killed.
@@ -98,7 +114,13 @@ def register(subparsers: Any) -> None:  # noqa: ANN401 - argparse has no public 
     parser.add_argument(
         "--port", type=int, metavar="P", help=f"HTTP port (default {DEFAULT_PORT}, or a free one)"
     )
-    parser.add_argument("--cargo", default="smollm2-135m", help="Cargo to run: a name or a manifest file")
+    parser.add_argument(
+        "--memory-mb",
+        type=int,
+        metavar="M",
+        help="memory that each Island gives to parts of Cargos too large for it, MiB: they make chains then",
+    )
+    parser.add_argument("--cargo", default=DEFAULT_CARGO, help="Cargo to run: a name or a manifest file")
     parser.add_argument("--key", help="API key to use (default: a fresh one)")
     parser.add_argument("--no-question", action="store_true", help="do not ask a first question")
     parser.add_argument("--data-dir", type=Path, help="keep the processes' state and logs there")
@@ -114,6 +136,9 @@ def register(subparsers: Any) -> None:  # noqa: ANN401 - argparse has no public 
 def _demo(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.islands <= 64:
         print("error: --islands must be between 1 and 64", file=sys.stderr)
+        return 2
+    if arguments.memory_mb is not None and not 1 <= arguments.memory_mb <= MAX_MEMORY_MIB:
+        print(f"error: --memory-mb must be between 1 and {MAX_MEMORY_MIB}", file=sys.stderr)
         return 2
     demo = Demo(arguments)
     failures: list[Exception] = []
@@ -136,7 +161,10 @@ class Demo:
         self._children: list[Child] = []
         self._url = ""
         self._mesh = ""
+        self._chain: ChainShown | None = None
+        self._no_chain: NoChainShown | None = None
         self._connection = connection_path(os.environ)
+        self._short_since = 0.0
         self.question_failed = False
 
     async def run(self) -> None:
@@ -217,7 +245,7 @@ class Demo:
                     *("node.cli", "run", "--until-stdin-closes", "--name", name),
                     *("--data-dir", str(data_dir), "--cargo", self._arguments.cargo),
                     *("--coordinator", self._mesh, "--log-format", "json"),
-                    *_assignments(self._arguments.set_island),
+                    *_assignments(self._island_settings),
                 ],
                 {},
             )
@@ -225,6 +253,8 @@ class Demo:
             nursery.start_soon(self._drain, island)
         nursery.start_soon(self._drain, gateway)
         await self._wait_ready()
+        for line in () if self._chain is None else self._chain.lines():
+            self._say(line)
         self._say(f"ready {self._url} key {self._key}")
         try:
             write_connection(self._connection, Connection(self._url, self._key, os.getpid()))
@@ -256,11 +286,27 @@ class Demo:
                     response = await client.get(self._url + "/models", headers=self._headers)
                     if response.status_code == 200 and await self._islands_ready():
                         return
+                    self._check_room()
                     await trio.sleep(0.1)
         words = "\n".join(filter(None, map(_last_words, self._children)))
         raise DemoFailed(f"the Islands were not ready within {READY_TIMEOUT_S} s\n{words}")
 
+    def _check_room(self) -> None:
+        """Raises DemoFailed if all Islands are there and have too little memory together."""
+        short = self._no_chain
+        if short is None or short.islands < self._arguments.islands:
+            self._short_since = trio.current_time()
+        elif trio.current_time() - self._short_since > SETTLED_S:
+            raise DemoFailed(too_little(short, self._arguments.memory_mb or short.room_mib))
+
+    @property
+    def _island_settings(self) -> list[str]:
+        memory = self._arguments.memory_mb
+        return [*self._arguments.set_island, *([] if memory is None else [f"shards.memory_mib={memory}"])]
+
     async def _islands_ready(self) -> bool:
+        if self._chain is not None:
+            return True
         for child in self._children[1:]:
             if child.fate is not None:
                 raise DemoFailed(f"{child.label} was not ready yet and {child.fate}\n{_last_words(child)}")
@@ -285,7 +331,7 @@ class Demo:
                 nursery.start_soon(self._keep_live)
             if not self._arguments.no_question:
                 await self._ask_first_question(model)
-            self._screen.verbatim(how_to(self._url, self._key, model, self._mesh))
+            self._screen.verbatim(how_to(self._url, self._key, model, self._mesh, self._island_options))
             await trio.sleep_forever()
 
     async def _ask_first_question(self, model: str) -> None:
@@ -331,6 +377,8 @@ class Demo:
                 for child in self._children[1:]:
                     nursery.start_soon(look, child)
             shown = [rows[child.label] for child in self._children[1:]]
+            if (chain := self._chain) is not None:
+                shown = [replace(row, layers=chain.of(row.name)) for row in shown]
             self._screen.below(islands_table(shown, self._tally))
             await trio.sleep(ASK_S)
 
@@ -341,7 +389,8 @@ class Demo:
         if child.label != "gateway":
             self._say(f"{child.label} {child.fate}", style="red")
             if all(other.fate is not None for other in self._children[1:]):
-                self._say(f"no Island is left. Start one: {island_command(self._mesh)}", style="yellow")
+                command = island_command(self._mesh, self._island_options)
+                self._say(f"no Island is left. Start one: {command}", style="yellow")
         elif self._url:  # else `_start` tells
             words = _last_words(child) if child.process.returncode != -signal.SIGKILL else ""
             raise DemoFailed(f"the gateway: {child.fate}; the Islands were stopped\n{words}".rstrip())
@@ -354,8 +403,31 @@ class Demo:
             for line in lines:
                 text = line.decode("utf-8", "replace")
                 child.last_lines.append(text)
+                if child.label == "gateway" and (chain := chain_untrusted(text)) is not None:
+                    self._take_chain(chain)
                 if (told := told_untrusted(child.label, text, self._tally)) is not None:
                     self._say(terminal_safe(told[0]), style=told[1])
+
+    def _take_chain(self, chain: ChainShown | NoChainShown) -> None:
+        """Before the demo is ready, its end is waited for; after, changes are told at once."""
+        if isinstance(chain, NoChainShown):
+            self._no_chain = chain
+            if self._chain is not None:
+                command = island_command(self._mesh, self._island_options)
+                self._say(f"  too little memory is left: {chain.reason}", style="red")
+                self._say(f"  start one more Island: {command}", style="yellow")
+            return
+        running, self._chain, self._no_chain = self._chain, chain, None
+        if running is not None:
+            for line in chain.lines():
+                self._say(terminal_safe(line), style="bold cyan")
+
+    @property
+    def _island_options(self) -> str:
+        """What else one more Island for this demo needs on its command line."""
+        cargo = self._arguments.cargo
+        options = "" if cargo == DEFAULT_CARGO else f" --cargo {shlex.quote(cargo)}"
+        return options + "".join(f" --set {shlex.quote(each)}" for each in self._island_settings)
 
     async def _drain(self, child: Child) -> None:
         """Keep reading standard output, so that the child never blocks on it."""

@@ -35,6 +35,41 @@ class IslandRow:
     tokens: int | None = None
     tokens_per_s: float | None = None
     alone_tokens_per_s: float | None = None
+    layers: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainShown:
+    """Who holds which layers of a model that no Island holds whole: name -> (first, last), inclusive."""
+
+    layers: int
+    stages: dict[str, tuple[int, int]]
+    spares: dict[str, tuple[int, int]]
+
+    def of(self, name: str) -> str:
+        """For the table."""
+        first, last = self.stages.get(name) or self.spares.get(name) or (0, -1)
+        return "" if last < first else f"{first}-{last}{'' if name in self.stages else ' spare'}"
+
+    def lines(self) -> list[str]:
+        """For scripts: one Island a line, in the order of layers, spares last."""
+        rows = [(name, span, "") for name, span in self.stages.items()]
+        rows += [(name, span, " spare") for name, span in self.spares.items()]
+        return [
+            f"island {name} layers {first}-{last} of {self.layers}{spare}"
+            for name, (first, last), spare in rows
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class NoChainShown:
+    """The Islands that are here have too little memory together. What would do is None if nothing would."""
+
+    reason: str
+    islands: int
+    room_mib: int
+    enough_islands: int | None
+    enough_room_mib: int | None
 
 
 @dataclass(slots=True)
@@ -153,8 +188,11 @@ class Screen:
 
 def islands_table(rows: Sequence[IslandRow], tally: Tally) -> RenderableType:
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in ("Island", "pid", "state", "RTT ms", "jobs", "tokens", "tokens/s", "alone"):
-        table.add_column(column, justify="left" if column in {"Island", "state"} else "right", no_wrap=True)
+    in_parts = any(row.layers for row in rows)
+    columns = ["Island", "pid", "state", "RTT ms", "jobs", "tokens", "tokens/s", "alone"]
+    for column in [*columns, "layers"] if in_parts else columns:
+        left = column in {"Island", "state", "layers"}
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
 
     def figure(value: float | None, digits: int = 0) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
@@ -169,6 +207,7 @@ def islands_table(rows: Sequence[IslandRow], tally: Tally) -> RenderableType:
             figure(row.tokens),
             figure(row.tokens_per_s),
             figure(row.alone_tokens_per_s),
+            *([row.layers] if in_parts else []),
         )
     return Group(table, Text(f"{tally}. Ctrl-C stops all.", style="dim"))
 
@@ -183,6 +222,23 @@ def told_untrusted(label: str, line: str, tally: Tally) -> tuple[str, str] | Non
         return None  # not ours, or of another version
 
 
+def chain_untrusted(line: str) -> ChainShown | NoChainShown | None:
+    """What a log line of the gateway says of a chain, if that is what it is about."""
+    if '"chain ready"' not in line and '"no chain"' not in line:
+        return None  # nearly all are about something else
+    try:
+        record = msgspec.json.decode(line, type=dict[str, Any])
+        if record["event"] == "chain ready":
+            rows = msgspec.convert((record["stages"], record["spares"]), tuple[_Rows, _Rows])
+            stages, spares = ({name: (first, last - 1) for name, first, last in each} for each in rows)
+            return ChainShown(msgspec.convert(record["layers"], int), stages, spares)
+        if record["event"] == "no chain":
+            return msgspec.convert(record, NoChainShown)
+    except (msgspec.DecodeError, msgspec.ValidationError, KeyError):
+        pass  # of another version
+    return None
+
+
 def readable_untrusted(line: str) -> str:
     """A log line for a person: JSON becomes `event: detail`."""
     try:
@@ -194,12 +250,14 @@ def readable_untrusted(line: str) -> str:
 
 
 _Told = tuple[str, str]
+_Rows = list[tuple[str, int, int]]
 
 
 def _placed(_label: str, record: dict[str, Any], tally: Tally) -> _Told:
     job, island = record["job"][:4], record["island"]
     if not record["hand_over"]:
-        return f"  job {job} runs at {island} (RTT {record['rtt_ms']} ms)", "dim"
+        where = f"over layers of {record['layers']}" if "layers" in record else f"at {island}"
+        return f"  job {job} runs {where} (RTT {record['rtt_ms']} ms)", "dim"
     tally.hand_overs += 1
     return f"  job {job} goes on at {island} from token {record['tokens']}", "bold cyan"
 
@@ -208,6 +266,8 @@ def _completed(_label: str, record: dict[str, Any], tally: Tally) -> _Told:
     tally.answers += 1
     count = record["hand_overs"]
     moved = f", {count} hand-over{'s' if count > 1 else ''}" if count else ""
+    lost = record.get("lost", 0)
+    moved += f", {lost} stage{'s' if lost > 1 else ''} replaced" if lost else ""
     return f"  job {record['job'][:4]} done: {record['tokens']} tokens{moved}", "dim"
 
 
@@ -226,6 +286,11 @@ _TOLD: Final[dict[str, Callable[[str, dict[str, Any], Tally], _Told | None]]] = 
     "island": lambda _label, record, _tally: (f"  {record['name']} has joined", "dim"),
     "island lost": lambda _label, record, _tally: (
         f"  the gateway lost {record['name']}: {record['reason']}",
+        "yellow",
+    ),
+    "stage failed": lambda _label, record, _tally: (f"  {record['island']} failed its chain", "yellow"),
+    "chain incomplete": lambda _label, record, _tally: (
+        f"  some layers of {record['cargo']} are missing; others are asked to load them",
         "yellow",
     ),
     "job placed": _placed,

@@ -7,6 +7,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from gateway.demo_screen import NoChainShown
+
 
 def _beside_us(command: str) -> str:
     """How to call another program of this installation: as it lies, seen from here."""
@@ -17,14 +19,25 @@ def _beside_us(command: str) -> str:
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
-def island_command(mesh: str) -> str:
+def island_command(mesh: str, options: str = "") -> str:
     """Start one more Island for the gateway at this multiaddr."""
-    return (
-        f"{_beside_us('archi-node')} run --name isle --data-dir ~/.cache/archipelag/isle --coordinator {mesh}"
-    )
+    start = f"{_beside_us('archi-node')} run --name isle --data-dir ~/.cache/archipelag/isle"
+    return f"{start} --coordinator {mesh}{options}"
 
 
-def how_to(url: str, key: str, model: str, mesh: str) -> str:
+def too_little(chain: NoChainShown, memory_mib: int) -> str:
+    """Why no chain can be made, and the ways out."""
+    ways: list[str] = []
+    if chain.enough_islands is not None and chain.enough_islands > chain.islands:
+        ways.append(f"start {chain.enough_islands} Islands (--islands {chain.enough_islands})")
+    if chain.enough_room_mib is not None:
+        each = memory_mib + max(1, chain.enough_room_mib - chain.room_mib)
+        ways.append(f"give each of the {chain.islands} at least {each} MiB (--memory-mb {each})")
+    out = f": {', or '.join(ways)}" if ways else ""
+    return f"the Islands have too little memory for this Cargo ({chain.reason}){out}"
+
+
+def how_to(url: str, key: str, model: str, mesh: str, options: str = "") -> str:
     """How to reach the demo: `archi chat`, curl, the OpenAI client; how to kill and to add."""
     install = "" if find_spec("openai") else "pip install openai; "
     return f"""
@@ -46,5 +59,5 @@ or with curl and the OpenAI client:
 
 Kill an Island while it answers (kill -9 PID) and watch the sentence go on. Add one at any time:
 
-  {island_command(mesh)}
+  {island_command(mesh, options)}
 """

@@ -364,13 +364,14 @@ class MeshJob:
     def _complete(self, event: JobCompleted[PeerId]) -> None:
         usage = event.usage
         self._tell_story()
-        chains, stages = self._mesh.chains, event.stages
-        if event.chain is None:
+        chain, stages, work = event.chain, event.stages, self._mesh.work
+        if chain is None:
             self._measure_prefill(event.peer, usage)
+            work.done(event.peer, self._cargo, self._work, usage, self._tokens)
         else:
-            chains.measured(self._cargo, stages)
+            self._mesh.chains.measured(self._cargo, stages)
             self._accuse(stages)
-        self._mesh.work.done(event.peer, self._cargo, self._work, usage, self._tokens)
+            work.done_by_chain(chain, stages, self._work, usage, self._tokens)
         _log.info(
             "job completed",
             job=self.id[:8],

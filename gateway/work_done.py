@@ -7,6 +7,7 @@ knows earns nothing yet: an unknown size would be the Island's claim.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from cargos.manifest import Manifest, Sharding
@@ -14,8 +15,11 @@ from cargos.resolve import builtin_catalogue
 from node.coordination.coordinator import CoordinatorService
 from protocol.ids import CargoDigest, PeerId
 from protocol.jobs import Usage
+from protocol.ring import Chain
 from protocol.work import Work
+from routing.chains.shares import StageDone, shares
 from routing.coordinator_events import WorkSeen
+from routing.job_events import StageSeen
 from routing.karma import work_units
 from routing.placement import most_prompt_tokens
 
@@ -49,10 +53,36 @@ class WorkBook:
 
     def done(self, peer: PeerId, cargo: CargoDigest, work: Work, usage: Usage, tokens: int) -> None:
         """A job ended well there. `tokens`: what the consumer took, of all Islands together."""
+        self._coordinator.note_work(WorkSeen(peer, work_units=self._units(cargo, work, usage, tokens)))
+
+    def done_by_chain(
+        self,
+        chain: Chain,
+        stages: Iterable[StageSeen],
+        work: Work,
+        usage: Usage,
+        tokens: int,
+    ) -> None:
+        """A job ended well on a chain. Each stage earns by what it signed for; who signed nothing earns
+        nothing, and nobody else earns it instead.
+        """
+        units = self._units(CargoDigest(chain.cargo), work, usage, tokens)
+        rows = usage.prompt_tokens + usage.completion_tokens
+        signed = {stage.index: stage for stage in stages if stage.receipt is not None and not stage.failed}
+        done: list[StageDone] = []
+        for n, stage in enumerate(chain.stages):
+            receipt = signed[n].receipt if n in signed else None
+            kept = rows if receipt is None else min(rows, receipt.kept)
+            sampled = usage.completion_tokens if n == len(chain.stages) - 1 else 0
+            done.append(StageDone(stage.last - stage.first, kept, sampled))
+        for n, share in enumerate(shares(units, done)):
+            if n in signed and share:
+                self._coordinator.note_work(WorkSeen(PeerId(signed[n].peer), work_units=share))
+
+    def _units(self, cargo: CargoDigest, work: Work, usage: Usage, tokens: int) -> int:
         generated = min(usage.generated_tokens, tokens)
         prompt = min(usage.prompt_tokens, most_prompt_tokens(work)) - usage.cached_tokens
-        units = work_units(self._weights.get(cargo, 0), generated, max(0, prompt))
-        self._coordinator.note_work(WorkSeen(peer, work_units=units))
+        return work_units(self._weights.get(cargo, 0), generated, max(0, prompt))
 
     def failed(self, peer: PeerId, *, timeout: bool) -> None:
         """It let a job down."""

@@ -163,12 +163,16 @@ def test_what_does_not_fit_is_said_and_what_comes_later_helps() -> None:
     stepped = world.step(SETTLE_NS)
     assert stepped.orders == ()
     assert world.place() is None
-    assert "80 MiB" in world.book.shortage(CARGO)
+    short = world.book.shortage(CARGO)
+    assert short is not None
+    assert "80 MiB" in short.detail
+    # Ends of 20 MiB and 12 layers of 10 with some bytes of keys and values: six layers do not fit into 60 MiB.
+    assert (short.here, short.room_mib, short.enough_islands, short.enough_room_mib) == (1, 80, 3, None)
     world.offer(B)
     world.offer(C)
     stepped = world.step()
     assert len(stepped.orders) == 3
-    assert world.book.shortage(CARGO) == ""
+    assert world.book.shortage(CARGO) is None
 
 
 def test_an_island_that_is_left_over_becomes_a_spare_of_the_chain() -> None:
