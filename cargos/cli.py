@@ -70,7 +70,8 @@ def list_cargos(arguments: argparse.Namespace) -> int:
             return 0
         table = Table(box=None, pad_edge=False)
         for column in ("NAME", "VERSION", "RUNTIME", "SIZE", "MEMORY", "STATE", "DIGEST"):
-            table.add_column(column, justify="right" if column in ("SIZE", "MEMORY") else "left")
+            justify = "right" if column in ("SIZE", "MEMORY") else "left"
+            table.add_column(column, justify=justify, no_wrap=column == "NAME", min_width=len(column))
         for manifest, present in rows:
             table.add_row(
                 manifest.name,

@@ -27,6 +27,8 @@ _WORDS: Final[dict[FetchState, str]] = {
     "downloading": "downloading",
     "copying": "copying",
     "extracting": "extracting",
+    "rewriting": "rewriting as F16",
+    "cutting": "cutting",
     "retrying": "connection lost, trying again",
     "done": "verified",
 }

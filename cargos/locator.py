@@ -4,6 +4,9 @@
     https://HOST/PATH                           (http:// on this machine only: localhost, 127.x.x.x, [::1])
     hf:OWNER/REPO@REVISION/PATH                 a file of a Hugging Face repository
     pypi:PACKAGE==VERSION/PATH                  a file inside the wheel of a pinned package
+    join:SOURCE|SOURCE...                       what these hold, one after the other (file: and pypi: only)
+    f16:SOURCE                                  the GGUF there, its quantised tensors rewritten as F16
+                                                (file:, pypi: and join: only)
 
 Plain http is refused beyond this machine although SHA-256 would catch a changed file: who listens would
 learn what an Island runs, and a network could stall it at will.
@@ -23,6 +26,9 @@ from protocol.codec import excerpt
 #: The longest URL that servers and proxies commonly take.
 MAX_SOURCE_CHARS: Final = 2048
 
+#: A large model in parts of 100 MB, the most that package indexes take, has more; such a one has a hub.
+MAX_PARTS: Final = 16
+
 #: `\Z`, not `$`: a trailing newline is not part of a name.
 _HUB: Final = re.compile(
     r"hf:(?P<owner>[A-Za-z0-9][\w.-]{0,95})/(?P<repo>[A-Za-z0-9][\w.-]{0,95})@(?P<revision>[A-Za-z0-9][\w.-]{0,95})"
@@ -36,7 +42,8 @@ _WHEEL: Final = re.compile(
     re.ASCII,
 )
 _FORMS: Final = (
-    "A source is file:PATH, https://HOST/PATH, hf:OWNER/REPO@REVISION/PATH or pypi:PACKAGE==VERSION/PATH."
+    "A source is file:PATH, https://HOST/PATH, hf:OWNER/REPO@REVISION/PATH, pypi:PACKAGE==VERSION/PATH,"
+    " join:SOURCE|SOURCE or f16:SOURCE."
 )
 
 
@@ -81,7 +88,22 @@ class WheelLocator:
     member: str
 
 
-Locator: TypeAlias = FileLocator | HttpLocator | HubLocator | WheelLocator
+@dataclass(frozen=True, slots=True)
+class JoinedLocator:
+    """A file in parts."""
+
+    parts: tuple[FileLocator | WheelLocator, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HalvesLocator:
+    """`source`: where the quantised model lies; `text`: how that is written."""
+
+    source: FileLocator | WheelLocator | JoinedLocator
+    text: str
+
+
+Locator: TypeAlias = FileLocator | HttpLocator | HubLocator | WheelLocator | JoinedLocator | HalvesLocator
 
 
 def parse_locator_untrusted(text: str) -> Locator:
@@ -102,6 +124,10 @@ def parse_locator_untrusted(text: str) -> Locator:
             return _hub(text)
         case "pypi":
             return _wheel(text)
+        case "join":
+            return _joined(rest)
+        case "f16":
+            return _halves(rest)
         case _:
             raise BadLocator(f"unknown scheme {excerpt(scheme)!r}", _FORMS)
 
@@ -120,7 +146,17 @@ def is_local(locator: Locator) -> bool:
     """Whether it reaches into this machine. Only a manifest that lies on this machine may name such a
     source: one from the network must not make us read local files or knock at local servers.
     """
-    return isinstance(locator, FileLocator) or (isinstance(locator, HttpLocator) and locator.loopback)
+    match locator:
+        case FileLocator():
+            return True
+        case HttpLocator():
+            return locator.loopback
+        case JoinedLocator():
+            return any(map(is_local, locator.parts))
+        case HalvesLocator():
+            return is_local(locator.source)
+        case HubLocator() | WheelLocator():
+            return False
 
 
 def _file(path: str) -> FileLocator:
@@ -175,6 +211,27 @@ def _wheel(text: str) -> WheelLocator:
             "Write pypi:PACKAGE==VERSION/PATH with one exact version.",
         )
     return WheelLocator(found["package"], found["version"], found["path"])
+
+
+def _joined(text: str) -> JoinedLocator:
+    parts = [parse_locator_untrusted(part) for part in text.split("|", MAX_PARTS)]
+    found = tuple(part for part in parts if isinstance(part, FileLocator | WheelLocator))
+    if len(found) < len(parts) or not 2 <= len(parts) <= MAX_PARTS:
+        raise BadLocator(
+            f"join: takes 2 to {MAX_PARTS} sources that are file: or pypi:",
+            "Write join:pypi:A==1/PATH|pypi:B==1/PATH, the parts in order.",
+        )
+    return JoinedLocator(found)
+
+
+def _halves(text: str) -> HalvesLocator:
+    source = parse_locator_untrusted(text)
+    if not isinstance(source, FileLocator | WheelLocator | JoinedLocator):
+        raise BadLocator(
+            "f16: takes a source that is file:, pypi: or join:",
+            "The model at a URL can be named as a Cargo of its own and be fetched first; then use file:.",
+        )
+    return HalvesLocator(source, text)
 
 
 def _is_relative(path: str) -> bool:

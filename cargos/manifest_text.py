@@ -92,7 +92,8 @@ EXPECTED: Final[dict[str, str]] = {
     "files[].size_bytes": "the file's size, a whole number of bytes, at least 1",
     "files[].sha256": "64 lower-case hex digits (sha256sum FILE prints them)",
     "files[].sources": f"1 to {MAX_SOURCES} sources",
-    "files[].sources[]": "file:PATH, https://HOST/PATH, hf:OWNER/REPO@REVISION/PATH or pypi:PKG==VERSION/PATH",
+    "files[].sources[]": "file:PATH, https://HOST/PATH, hf:OWNER/REPO@REVISION/PATH, pypi:PKG==VERSION/PATH,"
+    " join:SOURCE|SOURCE or f16:SOURCE",
     "files[].piece_bytes": f"a power of two between {MIN_PIECE_BYTES} and {MAX_PIECE_BYTES}, or 0",
     "files[].pieces_sha256": "64 lower-case hex digits (archi-node cargo pieces FILE prints them)",
     "context_length": f"a whole number of tokens between 0 and {MAX_CONTEXT_TOKENS}",

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 #: 'waiting': another process on this machine fetches the file (its bytes so far are counted). 'checking':
-#: hashing what is there. 'downloading', 'copying' (file:), 'extracting' (out of a wheel). 'retrying': the
-#: source broke off, the next attempt starts soon. 'done': verified, in the store.
+#: hashing what is there. 'downloading', 'copying' (file:), 'extracting' (out of a wheel), 'rewriting' (f16:),
+#: 'cutting' (a slice of a model). 'retrying': the source broke off, the next attempt starts soon. 'done':
+#: verified, in the store.
 FetchState: TypeAlias = Literal[
-    "waiting", "checking", "downloading", "copying", "extracting", "retrying", "done"
+    "waiting", "checking", "downloading", "copying", "extracting", "rewriting", "cutting", "retrying", "done"
 ]
 
 

@@ -9,6 +9,8 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import IO, Final
@@ -44,19 +46,30 @@ async def fetch_wheel_member(
 
     Raises SourceFailed (WrongContent if the member has another size), StoreUnusable.
     """
-    wheel = await _download(locator, part, report, settings, scratch)
+    wheel = await download_wheel(locator, part.file.size_bytes, report, settings, scratch)
     report("extracting", part.offset, part.file.size_bytes)
-    try:
+    with wheel_faults(wheel):
         await _extract(wheel, locator, part, report)
+
+
+@contextmanager
+def wheel_faults(wheel: Path) -> Generator[None]:
+    """Turn what a damaged wheel makes the standard library say into SourceFailed."""
+    try:
+        yield
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
         raise SourceFailed(
             f"{wheel.name} is damaged: {excerpt(str(error))}", "Is the mirror all right?"
         ) from error
 
 
-async def _download(
-    locator: WheelLocator, part: Part, report: Report, settings: FetchSettings, scratch: Path
+async def download_wheel(
+    locator: WheelLocator, member_bytes: int, report: Report, settings: FetchSettings, scratch: Path
 ) -> Path:
+    """The wheel, somewhere below `scratch`. `member_bytes`: the most that the wanted member may have.
+
+    Raises SourceFailed, StoreUnusable.
+    """
     into = scratch / "wheel"
     with store_errors(scratch):
         into.mkdir(parents=True)
@@ -72,7 +85,7 @@ async def _download(
     command += ["--dest", str(into), f"{locator.package}=={locator.version}"]
     result: CompletedProcess[bytes] | None = None
     refusal: OSError | None = None
-    limit = WHEEL_FACTOR * part.file.size_bytes + WHEEL_MARGIN_BYTES
+    limit = WHEEL_FACTOR * member_bytes + WHEEL_MARGIN_BYTES
     oversize = False
     async with trio.open_nursery() as nursery:
 
@@ -128,7 +141,7 @@ def _complaint(stderr: str, name: str, python: str) -> SourceFailed:
 
 
 async def _extract(wheel: Path, locator: WheelLocator, part: Part, report: Report) -> None:
-    stream = await trio.to_thread.run_sync(_open_member, wheel, locator, part)
+    stream = await trio.to_thread.run_sync(_open_sized, wheel, locator, part)
     try:
         while not part.complete:
             data = await trio.to_thread.run_sync(stream.read, EXTRACT_BYTES)
@@ -140,7 +153,17 @@ async def _extract(wheel: Path, locator: WheelLocator, part: Part, report: Repor
         stream.close()
 
 
-def _open_member(wheel: Path, locator: WheelLocator, part: Part) -> IO[bytes]:
+def _open_sized(wheel: Path, locator: WheelLocator, part: Part) -> IO[bytes]:
+    stream, size = open_member(wheel, locator)
+    if size != part.file.size_bytes:
+        stream.close()
+        raise WrongContent(part.file.name, f"{part.file.size_bytes} bytes", f"{size} bytes in {wheel.name}")
+    stream.seek(part.offset)
+    return stream
+
+
+def open_member(wheel: Path, locator: WheelLocator) -> tuple[IO[bytes], int]:
+    """The member, to be read, and its size. Raises SourceFailed, and what `wheel_faults` expects."""
     with zipfile.ZipFile(wheel) as archive:
         try:
             info = archive.getinfo(locator.member)
@@ -150,13 +173,7 @@ def _open_member(wheel: Path, locator: WheelLocator, part: Part) -> IO[bytes]:
             ) from error
         if info.flag_bits & 0x1:
             raise SourceFailed(f"{locator.member} in {wheel.name} is encrypted")
-        if info.file_size != part.file.size_bytes:
-            raise WrongContent(
-                part.file.name, f"{part.file.size_bytes} bytes", f"{info.file_size} bytes in {wheel.name}"
-            )
-        stream = archive.open(info)  # keeps the file open by itself
-    stream.seek(part.offset)
-    return stream
+        return archive.open(info), info.file_size  # keeps the file open by itself
 
 
 def sizes_below(folder: Path) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Tiny models of random weights, in the layouts of real architectures: what is cut and chained in tests.
 
-They are written with our own GGUF writer and loaded by llama.cpp, which proves the writer too. Their vocabulary is a
-sentencepiece one of 288 tokens (three special ones, all bytes, letters), so that text goes through them.
+They are written with our own GGUF writer and loaded by llama.cpp, which proves the writer too. Their vocabulary
+is a sentencepiece one of 288 tokens (three special ones, all bytes, letters), so that text goes through them.
 """
 
 from __future__ import annotations
@@ -129,9 +129,8 @@ def _metadata(shape: Shape) -> dict[str, Entry]:
         metadata[f"{name}.rope.freq_base"] = f32(1_000_000)
         metadata[f"{name}.rope.freq_base_swa"] = f32(10000)
     if name == "granite":
-        for key, value in (("embedding", 12.0), ("residual", 0.3), ("attention", 0.2), ("logit", 4.0)):
-            key = "attention.scale" if key == "attention" else f"{key}_scale"
-            metadata[f"{name}.{key}"] = f32(value)
+        scales = {"embedding_scale": 12.0, "residual_scale": 0.3, "attention.scale": 0.2, "logit_scale": 4.0}
+        metadata |= {f"{name}.{key}": f32(value) for key, value in scales.items()}
     if shape.window:
         metadata[f"{name}.attention.sliding_window"] = u32(shape.window)
     if isinstance(shape.pattern, list):
@@ -143,7 +142,7 @@ def _metadata(shape: Shape) -> dict[str, Entry]:
 
 def _tensors(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:
     """Names and dimensions, the fastest first."""
-    name, width, ff = shape.architecture, shape.width, shape.ff
+    width, ff = shape.width, shape.ff
     keys = shape.kv_heads * shape.head
     result: list[tuple[str, tuple[int, ...]]] = [("token_embd.weight", (width, len(VOCABULARY)))]
     if shape.rope_freqs:
