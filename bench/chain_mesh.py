@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeAlias, cast
 
 from bench.chain_client import KEY, Answer, Client
 from bench.lab import Lab
@@ -31,10 +31,6 @@ CARGO = "smollm2-135m"
 SLOTS = 8
 CONTEXT = 2048
 
-#: An Island's setting: memory for layers of Cargos, in MiB; 0: all there is.
-MEMORY_SETTING = "engine.memory_mib"
-#: And whether heads draft.
-DRAFTS_SETTING = "engine.drafts"
 
 NAMES = ("coral", "atoll", "lagoon", "reef", "skerry", "cay", "holm", "islet")
 
@@ -42,6 +38,10 @@ NAMES = ("coral", "atoll", "lagoon", "reef", "skerry", "cay", "holm", "islet")
 READY_S = 240
 #: Of a line of a log, its end: there stands what an exception says.
 LINE_CHARS = 600
+
+
+#: Island, first layer, last layer (exclusive).
+Part: TypeAlias = tuple[str, int, int]
 
 
 class Program:
@@ -204,24 +204,9 @@ class Mesh(Client):
 
     # --- chains ---------------------------------------------------------------------------------
 
-    def _told(self, key: str) -> dict[str, Any] | None:
-        """The gateway's latest line of log with this key."""
-        for line in reversed(self.gateway.lines):
-            if line.startswith("{") and f'"{key}"' in line:
-                said = json.loads(line)
-                if key in said:
-                    return said
-        return None
-
-    def layout(self) -> tuple[list[tuple[str, int, int]], list[tuple[str, int, int]]]:
-        """Stages, the head last, and spares: (Island, first layer, last exclusive). Empty: no chain stands."""
-        for line in reversed(self.gateway.lines):
-            if '"chain ready"' in line:
-                said = json.loads(line)
-                return [tuple(part) for part in said["stages"]], [tuple(part) for part in said["spares"]]
-            if '"chain incomplete"' in line or '"no chain"' in line:
-                break
-        return [], []
+    def layout(self) -> tuple[list[Part], list[Part]]:
+        """Stages, the head last, and spares; empty: no chain stands."""
+        return layout_of(self.gateway.lines)
 
     def layout_words(self) -> str:
         stages, spares = self.layout()
@@ -231,10 +216,7 @@ class Mesh(Client):
 
     def serving(self) -> list[str]:
         """The Islands of the last job that began, the head last."""
-        said = self._told("rtt_ms") or {}
-        if "layers" not in said:
-            raise SystemExit("the gateway told of no chain for its last job")
-        return [part.rsplit(" ", 1)[0] for part in said["layers"].split(", ")]
+        return serving_of(self.gateway.lines)
 
     def wait_spares(self) -> None:
         """Until each stage has a spare again."""
@@ -266,12 +248,39 @@ class Mesh(Client):
         raise SystemExit(f"the model does not answer: {answer.error}\n{self.gateway.last_words()}\n{words}")
 
 
-def memory_mib(cargo: str, stages: int) -> int:
-    """What each Island gets, so that so many are needed and suffice. Raises SystemExit if it can not be."""
+def layout_of(lines: Sequence[str]) -> tuple[list[Part], list[Part]]:
+    """Stages and spares as a gateway's log tells them last."""
+    for line in reversed(lines):
+        if '"chain ready"' in line:
+            said = json.loads(line)
+            parts = [[cast("Part", tuple(part)) for part in said[key]] for key in ("stages", "spares")]
+            return parts[0], parts[1]
+        if '"chain incomplete"' in line or '"no chain"' in line:
+            break
+    return [], []
+
+
+def serving_of(lines: Sequence[str]) -> list[str]:
+    """The Islands of the last job that a gateway's log tells of. Raises SystemExit if it ran on no chain."""
+    for line in reversed(lines):
+        if line.startswith("{") and '"queue_ms"' in line:
+            layers = json.loads(line).get("layers", "")
+            if layers:
+                return [part.rsplit(" ", 1)[0] for part in layers.split(", ")]
+            break
+    raise SystemExit("the gateway told of no chain for its last job")
+
+
+def shape_of(cargo: str) -> ModelShape:
+    """Raises SystemExit if the Cargo can not be spread."""
     sharding = resolve_cargo(cargo).manifest.sharding
     if sharding is None:
         raise SystemExit(f"{cargo} can not be spread: its manifest does not say how")
-    shape = ModelShape.of_sharding(sharding, slots=SLOTS, context=CONTEXT)
+    return ModelShape.of_sharding(sharding, slots=SLOTS, context=CONTEXT)
+
+
+def memory_mib(shape: ModelShape, stages: int) -> int:
+    """What each Island gets, so that so many are needed and suffice. Raises SystemExit if it can not be."""
 
     def needed(room_bytes: int) -> int:
         """Stages, each as full as it goes."""
@@ -281,7 +290,7 @@ def memory_mib(cargo: str, stages: int) -> int:
             while last < shape.layers and shape.bytes_of(at, last + 1) <= room_bytes:
                 last += 1
             if last == at:
-                return shape.layers + 1
+                return sys.maxsize  # not even one layer fits
             count, at = count + 1, last
         return count
 
@@ -291,7 +300,7 @@ def memory_mib(cargo: str, stages: int) -> int:
     roomier = room_mib + room_mib // 16  # not only one cut fits
     room_mib = roomier if needed(roomier * MIB) == stages else room_mib
     if needed(room_mib * MIB) != stages:
-        raise SystemExit(f"{cargo} has no cut into {stages} parts that are about even")
+        raise SystemExit(f"there is no cut into {stages} parts of about the same size")
     return room_mib
 
 
@@ -309,13 +318,13 @@ def open_chain(
     cargo: str, stages: int, *, spares: bool = False, drafts: bool = True, lab: Lab | None = None
 ) -> Generator[Mesh]:
     """So many Islands that none has room for all (twice as many with spares), and a chain over them."""
-    room_mib = memory_mib(cargo, stages)
+    room_mib = memory_mib(shape_of(cargo), stages)
     with Mesh(cargo, cargo, lab=lab) as mesh:
         for name in NAMES[: stages * (2 if spares else 1)]:
             mesh.start_island(
                 name,
-                *(f"engine.slots={SLOTS}", f"engine.context_length={CONTEXT}"),
-                *(f"{MEMORY_SETTING}={room_mib}", f"{DRAFTS_SETTING}={'true' if drafts else 'false'}"),
+                *(f"shards.slots={SLOTS}", f"shards.context_length={CONTEXT}"),
+                *(f"shards.memory_mib={room_mib}", f"shards.drafts={'true' if drafts else 'false'}"),
             )
         mesh.wait_answers()
         if spares:
