@@ -108,6 +108,11 @@ class ShardSettings(Settings, frozen=True):
     slots: Annotated[int, Meta(ge=1, le=64)] = 4
     context_length: Annotated[int, Meta(ge=0, le=MAX_CONTEXT_TOKENS)] = 0
 
+    @property
+    def offered(self) -> bool:
+        """Whether this Island takes part in chains at all."""
+        return self.enabled and self.memory_mib > 0
+
 
 class PieceSettings(Settings, frozen=True):
     """Files of Cargos between peers. `serve`: give to others what is here. `fetch`: ask others before the

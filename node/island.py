@@ -16,7 +16,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
-import psutil
 import structlog
 import trio
 
@@ -29,6 +28,7 @@ from cargos.runtimes.base import Runtime, RuntimeFailed, RuntimeSpec
 from cargos.runtimes.llama import open_llama
 from cargos.store import CargoStore
 from dht.keys import key_of_capability, key_of_cargo, key_of_region
+from node.adverts import AdvertMaker
 from node.config import NodeSettings
 from node.control import ControlMethods, NoParams, serve_control
 from node.coordination.affiliation import AffiliationService
@@ -49,15 +49,19 @@ from node.peers import open_peers
 from node.pieces.limits import ServeLimits
 from node.pieces.service import PiecesConfig, PieceService, open_pieces
 from node.settings import SettingsError
+from node.shards.head import ChainHeads
+from node.shards.hosting import ShardHost, SliceStore, StageOpener, share_out
+from node.shards.ring import RingService, open_ring
 from node.snapshot import Snapshot, snapshot
 from node.state import HostedCargo, IslandState
 from node.traversal import open_traversal
-from protocol.adverts import MAX_ADVERT_MEMORY_MIB, Hello, IslandAdvert, OfferedCargo
+from protocol.adverts import Hello, IslandAdvert
 from protocol.dice import Dice
 from protocol.ids import CargoDigest, PeerId
 from protocol.instants import SECOND_NS, Instant, UnixNs
 from protocol.jobs import JOB_PROTOCOL
 from protocol.limits import MAX_ADVERT_CARGOS
+from protocol.ring import HOLD_SHARD, METHOD_HOLD
 
 VERSION: Final = package_version("archipelag")
 #: What other libp2p peers see as our software.
@@ -66,9 +70,6 @@ ROLE_ISLAND: Final = "island"
 
 #: What is offered is looked at this often, and at once when something is known to have changed.
 ADVERT_CHECK_S: Final = 2.0
-
-#: Free memory changes all the time; adverts tell it in these steps, so that idle Islands say nothing new.
-MEMORY_STEP_MIB: Final = 256
 
 #: The place in the network that adverts tell moves this seldom.
 COORDINATE_S: Final = 60.0
@@ -127,9 +128,18 @@ def monotonic_now() -> Instant:
 class Island:
     """Settings made into a running Island by `run`."""
 
-    def __init__(self, settings: NodeSettings, openers: Mapping[RuntimeType, RuntimeOpener] = RUNTIMES) -> None:
+    def __init__(
+        self,
+        settings: NodeSettings,
+        openers: Mapping[RuntimeType, RuntimeOpener] = RUNTIMES,
+        *,
+        open_shard: StageOpener | None = None,
+    ) -> None:
+        """Raises SettingsError."""
         self.settings = settings
         self._openers = openers
+        self._open_shard = open_shard
+        self._adverts = AdvertMaker(settings, openers, VERSION)
         self.identity = load_or_create_identity(settings.data_path / "identity.key")
         self.store = CargoStore(Path(settings.cache_dir).expanduser() if settings.cache_dir else None)
         self._runtimes: dict[str, Runtime] = {}
@@ -146,6 +156,7 @@ class Island:
             raise SettingsError(
                 f"cargos: {len(entries)} are too many; an Island offers {MAX_ADVERT_CARGOS} at most"
             )
+        entries = list({entry.digest: entry for entry in entries}.values())
         leave = trio.Event()
         with plain_errors():
             async with trio.open_nursery() as nursery:
@@ -187,6 +198,14 @@ class Island:
                 )
                 if coordinates
                 else nullcontext(),
+                open_ring(
+                    host,
+                    self.identity.signer,
+                    unix_offset_ns=overlay.unix_offset_ns,
+                    reach=overlay.reach,
+                )
+                if settings.shards.offered
+                else nullcontext() as ring,
             ):
                 jobs = JobService(
                     signer=self.identity.signer,
@@ -194,6 +213,7 @@ class Island:
                     queue=settings.engine.queue,
                     unix_now=unix_now,
                     changed=self._note_change,
+                    heads=None if ring is None else ChainHeads(ring, host.peer).job_for,
                 )
                 state = self.state = IslandState(settings, self.identity, host, peers, jobs, overlay)
                 host.handle(JOB_PROTOCOL, jobs.handle)
@@ -215,9 +235,15 @@ class Island:
                     nursery.start_soon(state.affiliation.run)
                     await nursery.start(serve_control, settings.data_path, self._control_methods())
                     _log.info("listening", name=settings.name, peer=host.peer, addresses=list(host.addresses))
-                    for entry in {entry.digest: entry for entry in entries}.values():
+                    whole, shared, left_mib = share_out(entries, settings.shards)
+                    for entry in whole:
                         hosted = state.cargos[entry.digest] = HostedCargo(entry)
                         nursery.start_soon(self._host_cargo, hosted)
+                    if ring is not None:
+                        state.shards = self._shard_host(ring, left_mib)
+                        for entry in shared:
+                            state.shards.offer(entry)
+                        nursery.start_soon(state.shards.run)
                     nursery.start_soon(self._advertise)
                     if ready is not None:
                         await ready(state)
@@ -225,8 +251,26 @@ class Island:
                     await self._say_farewell()
                     nursery.cancel_scope.cancel()
 
+    def _shard_host(self, ring: RingService, room_mib: int) -> ShardHost:
+        settings, state = self.settings, self.state
+        host = ShardHost(
+            ring,
+            _slice_store(self.store),
+            self._open_shard or _stage_opener(),
+            settings=settings.shards,
+            engine=settings.engine,
+            data_dir=settings.data_path,
+            coordinators=lambda: () if state.affiliation is None else state.affiliation.coordinators,
+            changed=self._note_change,
+            room_mib=room_mib,
+        )
+        state.peers.serve(METHOD_HOLD, HOLD_SHARD, host.hold)
+        return host
+
     def _manifest(self, digest: str) -> Manifest | None:
         hosted = self.state.cargos.get(digest)
+        if hosted is None and self.state.shards is not None:
+            hosted = self.state.shards.shards.get(digest)
         return None if hosted is None else hosted.entry.manifest
 
     def _control_methods(self) -> ControlMethods:
@@ -344,6 +388,13 @@ class Island:
             for digest, hosted in self.state.cargos.items()
             if hosted.state == "ready" and not self.state.jobs.draining
         }
+        if self.state.shards is not None and not self.state.jobs.draining:
+            # Those who look for the Cargo find who has a part of it, or would hold one.
+            ready |= {
+                digest: shard.entry.manifest
+                for digest, shard in self.state.shards.shards.items()
+                if shard.state != "failed"
+            }
         keys = {key_of_cargo(CargoDigest(digest)) for digest in ready}
         if ready and self.settings.region:
             keys.add(key_of_region(self.settings.region))
@@ -352,37 +403,12 @@ class Island:
         self.state.overlay.provide_all("cargos", keys)
 
     def _advert(self) -> IslandAdvert:
-        offers: list[OfferedCargo] = []
-        for digest, hosted in self.state.cargos.items():
-            manifest = hosted.entry.manifest
-            load = hosted.runtime.load() if hosted.runtime is not None else None
-            failed = hosted.state == "failed"
-            offers.append(
-                OfferedCargo(
-                    digest=digest,
-                    name=manifest.name,
-                    version=manifest.version,
-                    runtime=manifest.runtime.value,
-                    state="failed" if failed else load.state if load is not None else "loading",
-                    context_length=self.settings.engine.context_length or manifest.context_length,
-                    slots=self.settings.engine.slots,
-                    active=load.active if load is not None else 0,
-                    queued=load.queued if load is not None else 0,
-                    decode_tps=_three_digits(load.decode_tps) if load is not None else 0.0,
-                    prefill_tps=_three_digits(load.prefill_tps) if load is not None else 0.0,
-                    publisher=manifest.publisher,
-                )
-            )
-        overlay = self.state.overlay
-        free_mib = psutil.virtual_memory().available // (1024 * 1024)
-        return IslandAdvert(
-            name=self.settings.name,
-            cargos=tuple(offers),
-            region=self.settings.region,
-            memory_mib=min(free_mib - free_mib % MEMORY_STEP_MIB, MAX_ADVERT_MEMORY_MIB),
-            version=VERSION,
-            draining=self.state.jobs.draining,
-            addresses=() if overlay is None else overlay.announced,
+        state = self.state
+        return self._adverts.advert(
+            state.cargos.values(),
+            state.shards,
+            draining=state.jobs.draining,
+            addresses=() if state.overlay is None else state.overlay.announced,
             coordinate=self._place(),
         )
 
@@ -394,6 +420,13 @@ class Island:
         return self._coordinate
 
 
-def _three_digits(rate: float) -> float:
-    """Measured rates tremble; what is told changes only when it means something."""
-    return float(f"{rate:.3g}")
+def _stage_opener() -> StageOpener:
+    from cargos.runtimes.shards import open_stage  # noqa: PLC0415
+
+    return open_stage
+
+
+def _slice_store(store: CargoStore) -> SliceStore:
+    from cargos.shards.store import ShardStore  # noqa: PLC0415
+
+    return ShardStore(store)

@@ -12,7 +12,22 @@ from cargos.runtimes.base import RuntimeLoad
 
 if TYPE_CHECKING:
     from node.overlay.overlay import Overlay
+    from node.shards.hosting import HostedShard, ShardHost
     from node.state import IslandState
+
+
+class ShardSnapshot(msgspec.Struct, frozen=True):
+    """Layers `first` to `last` (exclusive) of `layers`; none of them yet if `first == last`. Times per row."""
+
+    first: int
+    last: int
+    layers: int
+    words: str
+    slots: int
+    active: int
+    layer_us: float
+    restarts: int
+    rows: int
 
 
 class CargoSnapshot(msgspec.Struct, frozen=True):
@@ -24,6 +39,7 @@ class CargoSnapshot(msgspec.Struct, frozen=True):
     done_bytes: int
     total_bytes: int
     load: RuntimeLoad | None
+    shard: ShardSnapshot | None = None
 
 
 class PeerSnapshot(msgspec.Struct, frozen=True):
@@ -92,6 +108,35 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Peer ids of those that have this Island's advert."""
 
 
+def _shards(host: ShardHost) -> tuple[CargoSnapshot, ...]:
+    return tuple(_shard(digest, shard) for digest, shard in host.shards.items())
+
+
+def _shard(digest: str, shard: HostedShard) -> CargoSnapshot:
+    load = shard.load()
+    return CargoSnapshot(
+        name=shard.entry.manifest.name,
+        version=shard.entry.manifest.version,
+        digest=digest,
+        state=shard.state,
+        detail=shard.detail,
+        done_bytes=shard.done_bytes,
+        total_bytes=shard.total_bytes,
+        load=None,
+        shard=ShardSnapshot(
+            first=shard.first,
+            last=shard.last,
+            layers=shard.layers,
+            words=shard.words,
+            slots=load.slots if load else 0,
+            active=load.active if load else 0,
+            layer_us=round(load.layer_ns / 1000, 1) if load else 0.0,
+            restarts=load.restarts if load else 0,
+            rows=load.rows_total if load else 0,
+        ),
+    )
+
+
 def overlay_snapshot(overlay: Overlay) -> OverlaySnapshot:
     return msgspec.convert(overlay.view(), OverlaySnapshot, from_attributes=True)
 
@@ -117,7 +162,8 @@ def snapshot(state: IslandState) -> Snapshot:
                 load=hosted.runtime.load() if hosted.runtime is not None else None,
             )
             for digest, hosted in state.cargos.items()
-        ),
+        )
+        + (() if state.shards is None else _shards(state.shards)),
         peers=tuple(
             PeerSnapshot(
                 peer=view.peer or "",

@@ -14,6 +14,7 @@ from node.jobs import JobService
 from node.overlay.overlay import Overlay
 from node.p2p import Host
 from node.peers import Peers
+from node.shards.hosting import ShardHost
 
 
 @dataclass(slots=True)
@@ -39,5 +40,6 @@ class IslandState:
     jobs: JobService
     overlay: Overlay | None = None
     affiliation: AffiliationService | None = None
+    shards: ShardHost | None = None
     cargos: dict[str, HostedCargo] = field(default_factory=dict[str, HostedCargo])
     started: float = field(default_factory=time.monotonic)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from node.control import ask_status
-from node.snapshot import OverlaySnapshot, Snapshot
+from node.snapshot import CargoSnapshot, OverlaySnapshot, Snapshot
 
 _REFRESH_S = 0.5
 _STATE_STYLE = {"ready": "green", "connected": "green", "failed": "red"}
@@ -90,7 +90,9 @@ def _cargos(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> Table:
             Text(cargo.state, _STATE_STYLE.get(cargo.state, "yellow")),
         )
         load = cargo.load
-        if load is None:
+        if cargo.shard is not None:
+            _shard_row(table, f"{name} {cargo.shard.words}", state, cargo)
+        elif load is None:
             if cargo.total_bytes:
                 state.append(f" {100 * cargo.done_bytes // cargo.total_bytes} %")
             table.add_row(name, state)
@@ -107,6 +109,17 @@ def _cargos(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> Table:
                 str(load.restarts),
             )
     return table
+
+
+def _shard_row(table: Table, name: str, state: Text, cargo: CargoSnapshot) -> None:
+    shard = cargo.shard
+    if shard is None or not shard.slots:
+        if cargo.state == "fetching" and cargo.total_bytes:
+            state.append(f" {100 * cargo.done_bytes // cargo.total_bytes} %")
+        table.add_row(name, state)
+        return
+    active, per_layer = f"{shard.active}/{shard.slots}", f"{shard.layer_us:.0f} µs/layer"
+    table.add_row(name, state, active, "-", "-", per_layer, "-", str(shard.restarts))
 
 
 def _peers(now: Snapshot) -> Table:

@@ -109,7 +109,7 @@ class HeadJob:
                 dtype=self._chain.dtype,
                 resume=resume,
                 granted=granted,
-                trip_ns=lambda: head.trip_ns,
+                trip_ns=lambda: self._ring.trip_ns(head),
             ) as inner:
                 yield _ChainSession(inner, head)
         finally:
@@ -125,7 +125,7 @@ class HeadJob:
             await head.over.wait()
         if head.ended is None:
             _log.warning("no account of the stages", session=self._session[:8])
-            return head.failure.works if head.failure is not None else ()
+            return ()
         return head.ended.works
 
 

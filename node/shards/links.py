@@ -32,6 +32,7 @@ from protocol.ring import (
     RingFeed,
     RingOpen,
     RingPing,
+    RingPong,
     ToStage,
 )
 
@@ -119,7 +120,10 @@ class _Link:
                         return True
                 except StreamBroken:
                     return True  # whoever reads the link says so
-        self.outbox.append(message)
+        if isinstance(message, RingPing | RingPong):
+            self.outbox.appendleft(message)  # what asks whether we live does not wait behind bulk
+        else:
+            self.outbox.append(message)
         self.queued_bytes += weight_of(message)
         self.wanted.set()
         return self.queued_bytes <= MAX_OUTBOX_BYTES
@@ -281,9 +285,8 @@ class RingLinks:
         before = self._up.get(stream.peer)
         self._up[stream.peer] = link
         self.counters.accepted += 1
-        if before is not None:
+        if before is not None:  # whoever lost it knows; the sessions on it go on
             before.end("replaced by a newer link")
-            self._user.upstream_lost(stream.peer)
         with link.scope:
             try:
                 await self._run(link, MessageStream(stream, FROM_STAGE, TO_STAGE), paced=True)

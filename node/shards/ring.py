@@ -8,21 +8,37 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Final, TypeAlias
 
 import structlog
 import trio
 
 from cargos.runtimes.shards.base import Computed, Lost, OnEvent, Refused, StageEvent, StageRuntime, Wanted
+from node.jobs import RECEIPT_TTL_NS
 from node.overlay.driver import monotonic_now
 from node.p2p import Host
+from node.p2p.host import plain_errors
 from node.shards.links import LinkUser, Reach, RingLinks
+from protocol.envelope import Envelope, Signer
 from protocol.ids import PeerId
-from protocol.instants import SECOND_NS
+from protocol.instants import SECOND_NS, UnixNs
 from protocol.limits import MIB
-from protocol.machine import Disconnect, Effect, Emit, Input, Machine, Ordered, Received, Send, Trace, Woken
-from protocol.ring import Chain, FromStage, RingEnd, RingFeed, RingOpen, RingPing, ToStage
+from protocol.machine import Disconnect, Effect, Emit, Input, Ordered, Received, Send, Trace, Woken
+from protocol.ring import (
+    STAGE_RECEIPT_KIND,
+    Chain,
+    FromStage,
+    RingEnd,
+    RingFeed,
+    RingOpen,
+    RingPing,
+    StageReceipt,
+    ToStage,
+)
 from routing.chains.events import (
     Admit,
     Begin,
@@ -42,24 +58,43 @@ from routing.chains.events import (
     StageReplaced,
     UpstreamLost,
 )
+from routing.chains.ring import RingMachine
 
 #: Rows that wait for the engines of this node. Honest peers wait for acknowledgements before that; a replay may
 #: bring a whole log at once.
 MAX_WAITING_BYTES: Final = 256 * MIB
 
-#: Draws up to so many rows (a token, a draft) say how long a traversal of the ring takes; prompts do not.
-_TIMED_ROWS: Final = 32
-
-#: Weight of a new traversal in the smoothed time (RFC 6298).
-_TRIP_GAIN: Final = 8
-
 #: Chains whose traversal time is remembered for the next session.
 _MAX_TRIPS: Final = 64
 
 RingMessage: TypeAlias = ToStage | FromStage
-RingMachineLike: TypeAlias = Machine[PeerId, RingMessage, Command, RingEvent]
 
 _log = structlog.get_logger("ring")
+
+
+@asynccontextmanager
+async def open_ring(
+    host: Host, signer: Signer, *, unix_offset_ns: int, reach: Reach | None = None
+) -> AsyncGenerator[RingService]:
+    """The node's part in rings. On leaving, all links are closed. `unix_offset_ns`: civil time minus trio's
+    clock.
+    """
+    sequence = count(monotonic_now() + unix_offset_ns)  # above any number of an earlier run
+
+    def sign(receipt: StageReceipt) -> Envelope:
+        expires = UnixNs(receipt.finished_unix_ns + RECEIPT_TTL_NS)
+        return signer.seal(STAGE_RECEIPT_KIND, receipt, sequence=next(sequence), expires_unix_ns=expires)
+
+    machine = RingMachine(host.peer, sign=sign, unix_offset_ns=unix_offset_ns)
+    with plain_errors():
+        async with trio.open_nursery() as nursery:
+            ring = RingService(host, nursery, machine, reach=reach)
+            nursery.start_soon(ring.run)
+            try:
+                yield ring
+            finally:
+                ring.close()
+                nursery.cancel_scope.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +109,8 @@ class Held:
 
 @dataclass(slots=True, eq=False)
 class RingSession:
-    """A session of which this node is the head. `over` is set when `failure` or `ended` is there; `failing` is
-    cancelled when it fails.
+    """A session of which this node is the head. `failing` is cancelled when it fails, `over` is set once it has
+    ended, which follows when it is finished.
     """
 
     session: str
@@ -86,19 +121,7 @@ class RingSession:
     replaced: int = 0
     over: trio.Event = field(default_factory=trio.Event)
     failing: trio.CancelScope = field(default_factory=trio.CancelScope)
-    trip_ns: int = 0
-    _drawn: tuple[int, float] | None = None
-
-    def note_drawn(self, end: int, rows: int) -> None:
-        """Rows below `end` were fed into the ring."""
-        self._drawn = (end, trio.current_time()) if rows <= _TIMED_ROWS else None
-
-    def note_back(self, end: int) -> None:
-        """Rows below `end` came out of it."""
-        if self._drawn is not None and end >= self._drawn[0]:
-            trip_ns = round((trio.current_time() - self._drawn[1]) * SECOND_NS)
-            self._drawn = None
-            self.trip_ns += (trip_ns - self.trip_ns) // _TRIP_GAIN if self.trip_ns else trip_ns
+    finished: bool = False
 
     @property
     def route(self) -> tuple[str, ...]:
@@ -121,7 +144,7 @@ class RingService:
     """Made with the machine; `run` keeps its time. `nursery`: where links live."""
 
     def __init__(
-        self, host: Host, nursery: trio.Nursery, machine: RingMachineLike, *, reach: Reach | None = None
+        self, host: Host, nursery: trio.Nursery, machine: RingMachine, *, reach: Reach | None = None
     ) -> None:
         self.counters: Final = RingCounters()
         self._machine = machine
@@ -182,16 +205,27 @@ class RingService:
     def begin(self, session: str, chain: Chain, consumer: PeerId, *, deterministic: bool) -> RingSession:
         """Start a session of ours, with us as the head of its chain."""
         head = self._heads[session] = RingSession(session, chain.cargo, chain)
-        head.trip_ns = self._trips.get(head.route, 0)
         self._engine_of[session] = chain.cargo
         self.counters.begun += 1
         self._order(Begin(session, chain, consumer, deterministic))
         return head
 
     def finish(self, head: RingSession) -> None:
-        """It is over, well or not: `head.over` follows."""
-        if not head.over.is_set():
-            self._order(Finish(head.session))
+        """It is over, well or not: `head.over` follows. Idempotent."""
+        if head.finished:
+            return
+        head.finished = True
+        trip_ns = self._machine.trip_ns(head.session)
+        if trip_ns:
+            self._trips[head.route] = trip_ns
+            self._trips.move_to_end(head.route)
+            if len(self._trips) > _MAX_TRIPS:
+                self._trips.popitem(last=False)
+        self._order(Finish(head.session))
+
+    def trip_ns(self, head: RingSession) -> int:
+        """What one traversal of its ring takes for a token or a draft; 0: not known yet."""
+        return self._machine.trip_ns(head.session) or self._trips.get(head.route, 0)
 
     # --- running --------------------------------------------------------------------------------------
 
@@ -264,9 +298,6 @@ class RingService:
                 held = self._held_for(session)
                 if held is None:
                     return  # its shard was given up; the machine has been told
-                head = self._heads.get(session)
-                if head is not None:
-                    head.note_back(position + rows)
                 self.counters.rows += rows
                 self._note_waiting(session, position + rows, len(payload))
                 held.runtime.feed(session, position, rows, payload)
@@ -282,29 +313,18 @@ class RingService:
                 if head is not None:
                     head.chain = chain
                     head.replaced += 1
-            case SessionFailed():
+            case SessionFailed(session):
                 self.counters.failed += 1
-                self._over(event.session, event)
-            case Ended():
-                self._over(event.session, event)
-
-    def _over(self, session: str, event: SessionFailed | Ended) -> None:
-        head = self._heads.pop(session, None)
-        if head is None:
-            return
-        if head.trip_ns:
-            self._trips[head.route] = head.trip_ns
-            self._trips.move_to_end(head.route)
-            if len(self._trips) > _MAX_TRIPS:
-                self._trips.popitem(last=False)
-        if isinstance(event, Ended):
-            head.ended = event
-            head.chain = event.chain
-        else:
-            head.failure = event
-            head.failing.cancel()
-        self._forget(session)
-        head.over.set()
+                head = self._heads.get(session)
+                if head is not None:
+                    head.failure = event
+                    head.failing.cancel()
+            case Ended(session, chain):
+                head = self._heads.pop(session, None)
+                self._forget(session)
+                if head is not None:
+                    head.ended, head.chain = event, chain
+                    head.over.set()
 
     # --- from the engines -----------------------------------------------------------------------------
 
@@ -314,9 +334,6 @@ class RingService:
                 self._note_computed(session, position + rows)
                 self._order(Done(session, position, rows, payload, compute_ns, wait_ns))
             case Wanted(session, position, tokens, prompt):
-                head = self._heads.get(session)
-                if head is not None:
-                    head.note_drawn(position + len(tokens), len(tokens))
                 payload = struct.pack(f"<{len(tokens)}I", *tokens)
                 self._order(Draw(session, position, len(tokens), payload, prompt))
             case Lost():

@@ -49,6 +49,7 @@ def methods() -> ControlMethods:
         started=0.0,
         overlay=None,
         affiliation=None,
+        shards=None,
     )
     methods = ControlMethods()
 

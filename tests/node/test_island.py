@@ -198,7 +198,7 @@ async def test_more_cargos_than_an_advert_holds(make_island, tmp_path: Path) -> 
 
 
 async def test_a_large_machine_can_say_how_much_it_has(make_island, until, monkeypatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 << 40))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 << 40, total=4 << 40))
     async with coordinator() as taker, running(make_island(taker.address)):
         await until(lambda: taker.adverts)
 

@@ -110,7 +110,9 @@ async def test_messages_go_both_ways_in_order_and_large_ones_too(make_end, until
         for message in sent:
             a.links.send_to_stage(b.peer, message)
         await until(lambda: len(b.got) == 6)
-        assert [message for _, message in b.got][1:] == sent
+        came = [message for _, message in b.got]
+        assert [m for m in came if isinstance(m, RingFeed)] == sent[:-1]
+        assert came.index(RingPing(2)) < came.index(sent[1])  # it does not wait behind bulk
         assert {peer for peer, _ in b.got} == {a.peer}
         b.links.send_from_stage(a.peer, RingOpened(SESSION, 0))
         b.links.send_from_stage(a.peer, RingAck(SESSION, 1))
@@ -207,7 +209,7 @@ async def test_strangers_fill_no_memory(make_end, until, monkeypatch) -> None:
         raw = await b.host.open_bulk_stream(a.peer, RING_PROTOCOL)
         await raw.send_all(b"\x00\x00\x00\x05hello")
         await until(lambda: a.links.counters.malformed == 1)
-        assert a.up_lost == [b.peer, b.peer]  # replaced by the newer one, which then failed
+        assert a.up_lost == [b.peer]  # the newer one that replaced it
         assert c.peer in a.links.upstreams
         # No more links out than are allowed.
         c.links.send_to_stage(b.peer, open_to(b.peer, b.host.addresses))
@@ -223,7 +225,7 @@ async def test_a_newer_link_of_a_peer_replaces_the_older(make_end, until) -> Non
         messages = MessageStream(stream, TO_STAGE, FROM_STAGE)
         await messages.send(RingPing(7))
         await until(lambda: (a.peer, RingPing(7)) in b.got)
-        assert b.up_lost == [a.peer]
+        assert b.up_lost == []
         b.links.send_from_stage(a.peer, RingAck(SESSION, 3))
         with trio.fail_after(30):
             assert await messages.receive() == RingAck(SESSION, 3)
