@@ -100,13 +100,15 @@ class ShardSettings(Settings, frozen=True):
 
     `memory_mib`: what weights and sequences of all Cargos may take here; for one that needs more, room for
     layers is offered instead of running it whole. 0: no limit, all are run whole. `slots`, `context_length`
-    (0: as the Cargo says): sequences at a time and tokens of each, for which memory is set aside.
+    (0: as the Cargo says): sequences at a time and tokens of each, for which memory is set aside. `drafts`: as
+    a head, guess tokens and have the chain check several in one traversal.
     """
 
     enabled: bool = True
     memory_mib: Annotated[int, Meta(ge=0, le=MAX_ADVERT_MEMORY_MIB)] = 0
     slots: Annotated[int, Meta(ge=1, le=64)] = 4
     context_length: Annotated[int, Meta(ge=0, le=MAX_CONTEXT_TOKENS)] = 0
+    drafts: bool = True
 
     @property
     def offered(self) -> bool:

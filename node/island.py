@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
+from functools import partial
 from importlib.metadata import version as package_version
 from pathlib import Path
 from types import MappingProxyType
@@ -256,7 +257,7 @@ class Island:
         host = ShardHost(
             ring,
             _slice_store(self.store),
-            self._open_shard or _stage_opener(),
+            self._open_shard or _stage_opener(drafts=settings.shards.drafts),
             settings=settings.shards,
             engine=settings.engine,
             data_dir=settings.data_path,
@@ -420,10 +421,10 @@ class Island:
         return self._coordinate
 
 
-def _stage_opener() -> StageOpener:
-    from cargos.runtimes.shards import open_stage  # noqa: PLC0415
+def _stage_opener(*, drafts: bool) -> StageOpener:
+    from cargos.runtimes.shards import ShardOptions, open_stage  # noqa: PLC0415
 
-    return open_stage
+    return partial(open_stage, options=ShardOptions(drafts=drafts))
 
 
 def _slice_store(store: CargoStore) -> SliceStore:
