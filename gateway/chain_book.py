@@ -71,6 +71,9 @@ REFUSED_MAX_NS: Final = 120 * SECOND_NS
 #: How often it is looked whether a range should be joined by others.
 BALANCE_NS: Final = 30 * SECOND_NS
 
+#: Jobs wait for Islands that refused so often; after that it is said that there is no chain.
+PATIENT_REFUSALS: Final = 3
+
 #: Spares that are kept for each range, if there are Islands left for it.
 SPARES: Final = 1
 
@@ -409,7 +412,7 @@ class ChainBook:
         if isinstance(found, NoAllocation):
             cargo.ready, cargo.layout = False, None
             cargo.shortage = shortage_of(found, _shape(sharding, offers), [_room_bytes(o) for _, o in offers])
-            waiting = any(refused.until > now for refused in cargo.refused.values())
+            waiting = any(r.until > now and r.times <= PATIENT_REFUSALS for r in cargo.refused.values())
             cargo.progress = NotYet(0, sharding.layers) if waiting else None
             return Stepped(wake=wake)
         cargo.shortage, cargo.token_ns = None, found.cost.token_ns

@@ -61,6 +61,8 @@ QUESTION: Final = "In two sentences: why is the sea salty?"
 
 #: A tebibyte for each Island: more than any machine of today has.
 MAX_MEMORY_MIB: Final = 1 << 20
+#: With little memory there is room for short conversations only.
+SMALL_SEQUENCES: Final = ("shards.slots=2", "shards.context_length=2048")
 #: Islands that joined are told of this much later at most; then it is clear whether they have room enough.
 SETTLED_S: Final = 8.0
 #: Loading a Cargo on a busy two-core machine takes seconds; minutes mean that something is wrong.
@@ -301,8 +303,10 @@ class Demo:
 
     @property
     def _island_settings(self) -> list[str]:
+        """Ours first: what the user sets counts."""
         memory = self._arguments.memory_mb
-        return [*self._arguments.set_island, *([] if memory is None else [f"shards.memory_mib={memory}"])]
+        ours = [] if memory is None else [f"shards.memory_mib={memory}", *SMALL_SEQUENCES]
+        return [*ours, *self._arguments.set_island]
 
     async def _islands_ready(self) -> bool:
         if self._chain is not None:
