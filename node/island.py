@@ -236,6 +236,8 @@ class Island:
                     nursery.start_soon(state.affiliation.run)
                     await nursery.start(serve_control, settings.data_path, self._control_methods())
                     _log.info("listening", name=settings.name, peer=host.peer, addresses=list(host.addresses))
+                    for entry in entries:
+                        self._pieces.know(*entry.manifest.files)
                     whole, shared, left_mib = share_out(entries, settings.shards)
                     for entry in whole:
                         hosted = state.cargos[entry.digest] = HostedCargo(entry)
