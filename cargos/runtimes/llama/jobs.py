@@ -92,6 +92,13 @@ class OpenJobs:
             session.on_error(JobRefused(frame.code, frame.detail))
         self._left(frame.id)
 
+    def on_fault(self, key: int, detail: str) -> None:
+        """Something other than the job itself went wrong with it: elsewhere it may succeed."""
+        session = self._sessions.get(key)
+        if session is not None:
+            session.on_error(RuntimeFailed(detail))
+        self._left(key)
+
     def on_loading(self, frame: Loading) -> None:
         for session in self._sessions.values():
             session.on_progress(Progress("loading", frame.done, frame.total))

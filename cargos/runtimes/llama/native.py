@@ -37,6 +37,7 @@ _MAX_META_BYTES: Final = 1 << 20
 _LOG_WARN: Final = 2
 _LOG_ERROR: Final = 3
 _ATTR_CONTROL: Final = 1 << 3
+_VOCABULARY_NONE: Final = 0
 
 _CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
@@ -104,16 +105,19 @@ class Model:
         self.n_vocab: Final[int] = _c.llama_vocab_n_tokens(self._vocab)
         self.n_ctx_train: Final[int] = _c.llama_model_n_ctx_train(self._model)
         self.size_bytes: Final[int] = _c.llama_model_size(self._model)
-        self.bos: Final[int] = _c.llama_vocab_bos(self._vocab)
-        self.eos: Final[int] = _c.llama_vocab_eos(self._vocab)
-        self.add_bos: Final[bool] = bool(_c.llama_vocab_get_add_bos(self._vocab)) and self.bos >= 0
-        self.eog: Final = frozenset(t for t in range(self.n_vocab) if _c.llama_vocab_is_eog(self._vocab, t))
+        #: Slices of a model may have none: the library ends the process if it is asked about it then.
+        self.has_vocabulary: Final[bool] = _c.llama_vocab_type(self._vocab) != _VOCABULARY_NONE
+        known = range(self.n_vocab if self.has_vocabulary else 0)
+        self.bos: Final[int] = _c.llama_vocab_bos(self._vocab) if known else -1
+        self.eos: Final[int] = _c.llama_vocab_eos(self._vocab) if known else -1
+        self.add_bos: Final[bool] = self.bos >= 0 and bool(_c.llama_vocab_get_add_bos(self._vocab))
+        self.eog: Final = frozenset(t for t in known if _c.llama_vocab_is_eog(self._vocab, t))
         #: Whether a sequence's memory can be cut and shared at any position (not so in recurrent models).
         self.memory_is_positional: Final = not (
             _c.llama_model_is_recurrent(self._model) or _c.llama_model_is_hybrid(self._model)
         )
         self._pieces: dict[int, bytes] = {}
-        self.max_piece_bytes: Final = max(len(self.text_of(t)) for t in range(self.n_vocab))
+        self.max_piece_bytes: Final = max((len(self.text_of(t)) for t in known), default=0)
 
     def close(self) -> None:
         if self._model:

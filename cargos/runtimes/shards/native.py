@@ -21,7 +21,9 @@ from cargos.runtimes.llama.leftovers import close_leftovers
 from cargos.runtimes.llama.native import Context, Model, NativeError
 
 Rows: TypeAlias = NDArray[np.float32]
-Tokens: TypeAlias = NDArray[np.int32]
+
+#: What goes in: token ids (int32) or rows.
+Values: TypeAlias = NDArray[Any]
 
 #: The ctypes layer is typed loosely (as in the whole models' module).
 _c: Final = cast("Any", _lib)
@@ -116,7 +118,7 @@ class StageContext(Context):
 
     def run(
         self,
-        values: Rows | Tokens,
+        values: Values,
         positions: Sequence[int],
         sequences: Sequence[int],
         wanted: Sequence[int] = (),
