@@ -22,6 +22,7 @@ BENCHMARKS = {
     "chain": "chains of 2 and 3 Islands against one with the whole model, 1 and 8 sessions",
     "chain_latency": "a chain with distance between its stages: share of the bound, with and without drafts",
     "chain_recovery": "stages killed in mid-answer: how long the pause, and is the text the same",
+    "pieces": "a file in pieces from 1 and 3 peers, beside one bare TCP stream",
     "continuation": "how often a continuation equals the undisturbed run",
 }
 
