@@ -52,6 +52,7 @@ from gateway.demo_words import how_to, island_command, too_little
 from gateway.keys import new_key
 from node.control import NotRunning, Snapshot, ask_status
 from node.runner import flatten
+from node.snapshot import ShardSnapshot
 from protocol.limits import MIB
 
 DEFAULT_PORT: Final = 8080
@@ -509,6 +510,8 @@ async def _row(child: Child) -> IslandRow:
     cargo, load = snapshot.cargos[0], snapshot.cargos[0].load
     rtt_ms = next((peer.rtt_ms for peer in snapshot.peers if peer.rtt_ms is not None), None)
     jobs = len(snapshot.jobs)
+    if (shard := cargo.shard) is not None:
+        return _row_of_layers(child, cargo.state, shard, rtt_ms)
     if cargo.state != "ready" or load is None:
         return IslandRow(name, pid, cargo.state, "yellow", rtt_ms, jobs)
     now = trio.current_time()
@@ -516,6 +519,20 @@ async def _row(child: Child) -> IslandRow:
     child.tokens, child.asked = load.tokens_total, now
     state, style = ("answering", "bold green") if jobs else ("ready", "green")
     return IslandRow(name, pid, state, style, rtt_ms, jobs, load.tokens_total, speed, load.decode_tps)
+
+
+def _row_of_layers(child: Child, state: str, shard: ShardSnapshot, rtt_ms: float | None) -> IslandRow:
+    """Of an Island that holds layers: rows through them are what tokens are elsewhere."""
+    name, pid = child.label, child.process.pid
+    if state != "ready":
+        return IslandRow(name, pid, state, "yellow", rtt_ms, shard.active)
+    now = trio.current_time()
+    speed = (shard.rows - child.tokens) / (now - child.asked) if child.asked else None
+    child.tokens, child.asked = shard.rows, now
+    style = "bold green" if shard.active else "green"
+    return IslandRow(
+        name, pid, "computing" if shard.active else "ready", style, rtt_ms, shard.active, shard.rows, speed
+    )
 
 
 def _last_words(child: Child) -> str:

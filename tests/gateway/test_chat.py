@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 
-from gateway.service import Placed, Preparing, Released
+from gateway.service import Placed, Preparing, Released, StageInfo
 from protocol.dice import draw_u64
+from protocol.ids import PeerId
 from protocol.work import ChatMessage, ChatPrompt, Constraint
 
 
@@ -281,3 +283,22 @@ async def test_hostile_island_name_in_headers(gateway, service, scripts):
     response = await gateway.chat()
     assert response.headers["x-archipelag-island"] == "a%0D%0Aset-cookie: x=1%7F%E2%98%83"
     assert "set-cookie" not in response.headers
+
+
+async def test_a_chains_stages_are_told(gateway, service, scripts):
+    stages = (StageInfo("coral", PeerId("a"), 0, 9), StageInfo("reef", PeerId("b"), 9, 30))
+
+    def script(_work, _index):
+        yield replace(scripts.placed(), stages=stages)
+        yield Released(0, (scripts.token(0, "x"),))
+        yield replace(scripts.completed(1), stages_lost=1)
+
+    service.script = script
+    response = await gateway.chat()
+    assert response.headers["x-archipelag-stages"] == "coral 0-8, reef 9-29"
+    own = response.json()["usage"]["archipelag"]
+    assert own["stages"] == [
+        {"island": "coral", "first_layer": 0, "last_layer": 8},
+        {"island": "reef", "first_layer": 9, "last_layer": 29},
+    ]
+    assert own["stages_lost"] == 1

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -24,7 +25,18 @@ from gateway.connection import (
     remove_connection,
     write_connection,
 )
-from gateway.demo_screen import Screen, Tally, readable_untrusted, told_untrusted
+from gateway.demo_screen import (
+    ChainShown,
+    IslandRow,
+    NoChainShown,
+    Screen,
+    Tally,
+    chain_untrusted,
+    islands_table,
+    readable_untrusted,
+    told_untrusted,
+)
+from gateway.demo_words import island_command, too_little
 from gateway.keys import hash_of_key
 
 
@@ -230,3 +242,71 @@ def test_log_lines_become_events_and_numbers() -> None:
 def test_other_lines_are_no_events(line: str) -> None:
     assert told_untrusted("coral", line, Tally()) is None
     assert isinstance(readable_untrusted(line), str)
+
+
+READY = {
+    "event": "chain ready",
+    "cargo": "m",
+    "layers": 30,
+    "stages": [["coral", 0, 9], ["atoll", 9, 24], ["reef", 24, 30]],
+    "spares": [["cay", 9, 24]],
+}
+SHORT = {
+    "event": "no chain",
+    "cargo": "m",
+    "reason": "160 MiB needed",
+    "islands": 2,
+    "room_mib": 80,
+    "enough_islands": 3,
+    "enough_room_mib": 120,
+}
+
+
+def test_who_holds_which_layers_is_a_line_each_for_scripts_and_a_column_for_people() -> None:
+    chain = chain_untrusted(json.dumps(READY))
+    assert isinstance(chain, ChainShown)
+    assert chain.lines() == [
+        "island coral layers 0-8 of 30",
+        "island atoll layers 9-23 of 30",
+        "island reef layers 24-29 of 30",
+        "island cay layers 9-23 of 30 spare",
+    ]
+    out = StringIO()
+    rows = [IslandRow(name, 1, "ready", "", layers=chain.of(name)) for name in ("coral", "cay", "holm")]
+    Console(file=out, width=120).print(islands_table(rows, Tally()))
+    shown = out.getvalue().splitlines()
+    assert [line.split()[-1] for line in shown[:3]] == ["layers", "0-8", "spare"]
+    plain = StringIO()
+    Console(file=plain, width=120).print(islands_table([IslandRow("coral", 1, "ready", "")], Tally()))
+    assert "layers" not in plain.getvalue()
+
+
+def test_too_little_memory_is_said_with_the_ways_out() -> None:
+    short = chain_untrusted(json.dumps(SHORT))
+    assert isinstance(short, NoChainShown)
+    # What an Island offers may be less than it was given; the difference stays.
+    words = too_little(short, 90)
+    assert "--islands 3" in words
+    assert "--memory-mb 130" in words
+    assert too_little(replace(short, enough_islands=None, enough_room_mib=None), 90).endswith(")")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "chain ready"}',
+        json.dumps({**READY, "stages": [["coral", 0]]}),
+        json.dumps({**READY, "layers": "many"}),
+        json.dumps({**SHORT, "islands": "two"}),
+        '"chain ready"',
+        '{"event": "other", "x": "chain ready"}',
+    ],
+)
+def test_other_accounts_of_chains_are_none(line: str) -> None:
+    assert chain_untrusted(line) is None
+
+
+def test_an_island_is_added_with_the_memory_of_the_others() -> None:
+    assert island_command("/ip4/1.2.3.4", " --set shards.memory_mib=150").endswith(
+        "--coordinator /ip4/1.2.3.4 --set shards.memory_mib=150"
+    )
