@@ -55,6 +55,9 @@ MAX_SPARES: Final = 3
 #: Replacements of one session that are told round the ring: each place may be taken by its spares in turn.
 MAX_LOSSES: Final = MAX_STAGES * (1 + MAX_SPARES)
 
+#: BLAKE2b of token ids, to tell whether two mean the same ones.
+MARK_BYTES: Final = 16
+
 #: A reason in one of them: a word and a short detail.
 MAX_LOSS_CHARS: Final = 100
 
@@ -162,7 +165,8 @@ class RingOpen(Message, frozen=True, gc=False, tag="ro"):
     the account of the chain has changed; it goes on round the ring until everybody knows.
 
     `began`: when this head began with it (its civil time, ms). A later head's word counts more: what the
-    stages have from row `upto` on is void once such a one opens them. `prompt`: rows of the prompt.
+    stage has from row `upto` on is void once such a one opens it (all, if it was not fed by me until now).
+    `prompt`: rows of the prompt.
     `deterministic`: computed alone, the prompt in steps of 32 rows on a fixed grid, each later row alone, so
     that a replay makes the same numbers bit for bit. `losses`: whom the session has lost so far.
     """
@@ -200,7 +204,8 @@ class RingFeed(Message, frozen=True, gc=False, tag="rf"):
 
 class RingEnd(Message, frozen=True, gc=False, tag="re"):
     """The session is over. Each stage adds its receipt and passes it on; the head gets them all. `hops`: per
-    place, from 0 on, what the stage before it measured from feed to acknowledgement, per row.
+    place, from 0 on, what the stage before it measured from feed to acknowledgement, per row. `replaced`: it
+    goes on without this stage, so the end is not passed on.
     """
 
     max_bytes: ClassVar[int] = MAX_STAGES * (MAX_RECEIPT_BYTES + KIB)
@@ -208,6 +213,7 @@ class RingEnd(Message, frozen=True, gc=False, tag="re"):
     session: SessionId
     receipts: Annotated[tuple[Envelope, ...], Meta(max_length=MAX_STAGES)] = ()
     hops: Annotated[tuple[_Nanos, ...], Meta(max_length=MAX_STAGES)] = ()
+    replaced: bool = False
 
 
 class RingPing(Message, frozen=True, gc=False, tag="rp"):
@@ -217,7 +223,7 @@ class RingPing(Message, frozen=True, gc=False, tag="rp"):
 class RingOpened(Message, frozen=True, gc=False, tag="rd"):
     """Rows below `have` are in this stage's memory, and it knows of all turns up to `turn`. `began`: of which
     head this speaks. `again`: said unasked: the stage has lost rows (its engine died, its log was too large),
-    so send from `have` on once more.
+    so send from `have` on once more. `mark`: of the first stage, a hash of the tokens below `have`.
     """
 
     session: SessionId
@@ -225,6 +231,7 @@ class RingOpened(Message, frozen=True, gc=False, tag="rd"):
     turn: _Count = 0
     began: _Count = 0
     again: bool = False
+    mark: Annotated[bytes, Meta(max_length=MARK_BYTES)] = b""
 
 
 class RingAck(Message, frozen=True, gc=False, tag="ra"):

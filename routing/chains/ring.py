@@ -23,11 +23,13 @@ Driver rules
 - A link that this node opened and that breaks, or can not be made within the driver's own patience: order
   `DownstreamLost`, once; nothing of the old link may be received after that. `Disconnect(peer)`: drop that
   link, without `DownstreamLost`. A link that a peer opened and that breaks: `UpstreamLost`.
-  (`PeerLost` stands for both.) A new link from a peer whose old one still stands replaces it, silently.
+  (`PeerLost` stands for both.) If a peer opens a new link while its old one still stands, the old one is gone:
+  order `UpstreamLost` before anything of the new one is received. (A stage must know that it may have missed rows.)
 - `Admit` -> `StageRuntime.open`, `Compute` -> `feed` (heads, too), `Release` -> `close`. No Admit and no Release is
   told to a head: its engine opens by `submit` and closes when the job leaves it. `Computed` -> `Done`,
   `Lost` -> `EngineLost`, `Refused` -> `EngineRefused`, `Wanted` -> `Draw`. A `Done` of work given before the last
   `Admit` or `Release` of its session may not be told (else it could pass for newer work).
+- A head's first `Draw` has all tokens there are and no drafts (`HeadRuntime.submit` says so).
 - A head orders `Begin` before its engine can want anything, and `Finish` for each `Begin`, also after
   `SessionFailed`. `Ended` follows each `Finish` within the policy's `end_ns`. A chain that is made anew for a job
   has a higher generation at each place than all before it for that job.
@@ -274,12 +276,13 @@ class RingMachine(HeadDuties):
         if self._learn(session, message.losses):
             changed = True
         if newer_head:
-            self._new_head(now, session, message)
+            self._new_head(now, peer, session, message)
         if peer != session.upstream:
             self._bind(now, session, peer)
         session.touched, session.alone_since, session.asked = now, None, False
         session.told = 0
-        self._send(peer, RingOpened(session.name, session.intake.end, session.turn, session.began))
+        have, mark = session.intake.end, session.mark
+        self._send(peer, RingOpened(session.name, have, session.turn, session.began, mark=mark))
         holder = chain.stages[session.next_index].holder.peer
         if newer_head or session.outlet.peer != holder:
             self._connect(now, session)
@@ -287,12 +290,16 @@ class RingMachine(HeadDuties):
             self._pass_on(session)
         self._acknowledge(now, session)
 
-    def _new_head(self, now: Instant, session: Session, message: RingOpen) -> None:
+    def _new_head(self, now: Instant, peer: PeerId, session: Session, message: RingOpen) -> None:
         session.began, session.prompt = message.began, message.prompt
-        session.consumer, session.upto = message.consumer, message.upto
-        self._void(now, session, message.upto)
+        session.consumer = message.consumer
+        # What the one before us sent is what it has, if nothing was lost between. Anybody else can not know
+        # whether we have missed something; the first stage is asked for a mark of its tokens.
+        trusted = session.index == 0 or (peer == session.upstream and session.alone_since is None)
+        session.upto = message.upto if trusted else 0
+        self._void(now, session, session.upto)
         session.turn = 0
-        session.log.renumber()
+        session.log.renumber(0)
         session.intake.turns = [(0, 0)]
         session.outlet.again, session.outlet.tries = False, 0
 
@@ -303,6 +310,7 @@ class RingMachine(HeadDuties):
         session.log.truncate(position)
         session.outlet.rewind(position)
         session.told = min(session.told, position)
+        del session.tokens[session.intake.end * TOKEN_BYTES :]
 
     # --- rows -------------------------------------------------------------------------------------
 
@@ -352,6 +360,8 @@ class RingMachine(HeadDuties):
                 if session.index
                 else payload[skip * TOKEN_BYTES :]
             )
+        if session.index == 0:
+            session.tokens += payload
         ready = session.intake.accept(Rows(end, message.rows - skip, message.turn, payload))
         if ready is not None:
             self._compute(session, ready)
@@ -379,6 +389,8 @@ class RingMachine(HeadDuties):
                 payload = done.payload
                 if (at, stop - done.position) != (0, done.rows):
                     payload = self._cut(session.chain.dtype, payload, done.rows, at, stop - done.position)
+                if turn > session.outlet.turn:
+                    session.outlet.rewind(new)
                 session.log.append(stop - new, turn, payload)
         ready = session.intake.settle()
         if session.intake.limit is None:
@@ -394,6 +406,9 @@ class RingMachine(HeadDuties):
             return
         if session.head is not None:
             self._head_end(now, session, session.head, message)
+            return
+        if message.replaced:
+            self._forget(session)
             return
         receipts = message.receipts
         if len(receipts) < MAX_STAGES:
@@ -423,6 +438,7 @@ class RingMachine(HeadDuties):
         """The engine takes it from nothing; the log of what it made before stays good."""
         self._agenda.cancel(("drain", session.name))
         session.intake.lost()
+        session.tokens.clear()
         session.told = 0
         chain = session.chain
         self._emit(Admit(session.name, chain.cargo, chain.dtype, session.prompt, session.deterministic))

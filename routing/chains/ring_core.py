@@ -14,6 +14,7 @@ from protocol.ring import (
     MAX_LOSS_CHARS,
     FromStage,
     RingAck,
+    RingEnd,
     RingFault,
     RingFeed,
     RingOpen,
@@ -131,7 +132,7 @@ class RingCore:
             session=session.name,
             chain=session.chain,
             index=session.next_index,
-            upto=session.upto,
+            upto=session.upto if session.head is not None else min(session.upto, session.outlet.sent),
             prompt=session.prompt,
             consumer=session.consumer,
             deterministic=session.deterministic,
@@ -163,13 +164,16 @@ class RingCore:
         if outlet.state is OutletState.OPEN and not message.again:
             return  # the answer to a changed account; what was sent meanwhile is on its way
         self._agenda.cancel(("open", session.name))
-        have = message.have if session.head is None else min(message.have, session.log.end)
-        outlet.opened(have, message.turn)
+        outlet.opened(message.have, message.turn)
         outlet.heard = now
+        self._verify(session, message)
         unknown = session.log.first_after(message.turn)
         if unknown is not None:
             outlet.rewind(unknown)
         self._pump(now, session)
+
+    def _verify(self, session: Session, message: RingOpened) -> None:
+        """A head knows what the first stage should have (see there)."""
 
     def _pump(self, now: Instant, session: Session) -> None:
         """Send what there is, as far as the window goes; acknowledge what that makes room for."""
@@ -217,7 +221,8 @@ class RingCore:
         if session.upstream is not None:
             have = session.intake.end
             self._send(
-                session.upstream, RingOpened(session.name, have, session.turn, session.began, again=True)
+                session.upstream,
+                RingOpened(session.name, have, session.turn, session.began, again=True, mark=session.mark),
             )
 
     def _rebuild(self, now: Instant, session: Session) -> None:
@@ -259,6 +264,8 @@ class RingCore:
         outlet, index, chain = session.outlet, session.next_index, session.chain
         if outlet.state is OutletState.NONE:
             return
+        if outlet.peer in self._links:
+            self._send(outlet.peer, RingEnd(session.name, replaced=True))
         self._links.detach(outlet.peer, session.name)
         self._agenda.cancel(("open", session.name))
         outlet.state = OutletState.NONE

@@ -13,6 +13,7 @@ from protocol.ring import (
     RingEnd,
     RingFeed,
     RingOpen,
+    RingOpened,
     StageLoss,
     StageReceipt,
     StageWork,
@@ -21,7 +22,7 @@ from routing.chains.events import Begin, Draw, Ended, Finish, SessionFailed, Sta
 from routing.chains.ring_core import RingCore
 from routing.chains.ring_log import RowLog, Rows, cut_equal_rows
 from routing.chains.ring_policy import TRIP_ROWS
-from routing.chains.ring_session import Head, OutletState, Session, smoothed, work_of
+from routing.chains.ring_session import Head, OutletState, Session, smoothed, token_mark, work_of
 
 TOKEN_BYTES = 4
 
@@ -74,13 +75,26 @@ class HeadDuties(RingCore):
         if not head.drawn:
             head.drawn = True
             # The last token may stand where a stage still has a rejected draft that the head before us had
-            # no time to replace.
-            session.upto = end - 1
+            # no time to replace. Without drafts there is none, and a prompt's last step is not cut.
+            session.upto = end if session.deterministic else end - 1
             self._connect(now, session)
             return
         if needs_again and intake.end < same:
             self._ask_again(session)
         self._pump(now, session)
+
+    def _verify(self, session: Session, message: RingOpened) -> None:
+        """If the first stage was fed by a head before us, do its tokens mean ours? If not, all is fed anew."""
+        outlet, head = session.outlet, session.head
+        if head is None:
+            return
+        known, outlet.verified = outlet.verified, True
+        ours = session.log.read(0)[: message.have * TOKEN_BYTES]
+        if message.have and message.turn == 0 and not known and token_mark(ours) != message.mark:
+            session.turn += 1
+            head.cut(session.turn, 0)
+            session.log.renumber(session.turn)
+        outlet.sent = outlet.acked = min(message.have, session.log.end)
 
     def _head_fed(self, session: Session, head: Head, message: RingFeed) -> None:
         """Rows came round. Only those that were asked for, and not since thought better of, are passed on."""

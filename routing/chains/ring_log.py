@@ -79,10 +79,10 @@ class RowLog:
         self._chunks.clear()
         self.base = self.end = self.size = 0
 
-    def renumber(self) -> None:
-        """A new head counts its turns from 0; what is here was there before it."""
+    def renumber(self, turn: int) -> None:
+        """All that is here counts as of this turn."""
         for chunk in self._chunks:
-            chunk.turn = 0
+            chunk.turn = turn
 
     def first_after(self, turn: int) -> int | None:
         """Where the rows begin that are of a later turn."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from hashlib import blake2b
+from typing import Final
 
 import msgspec
 
 from protocol.envelope import Envelope
 from protocol.ids import PeerId
 from protocol.instants import Instant
-from protocol.ring import MAX_LOSSES, Chain, Stage, StageLoss, StageWork
+from protocol.ring import MARK_BYTES, MAX_LOSSES, Chain, Stage, StageLoss, StageWork
 from routing.chains.ring_intake import Intake
 from routing.chains.ring_log import RowLog
 from routing.chains.ring_policy import MAX_CUTS, SMOOTHING
+
+
+NEVER: Final = Instant(0)
 
 
 class OutletState(Enum):
@@ -38,15 +43,21 @@ class Outlet:
     turn: int = 0
     hop_ns: int = 0
     bytes_ahead: int = 0
-    heard: Instant = Instant(0)
+    heard: Instant = NEVER
     again: bool = False
     tries: int = 0
+    verified: bool = False
     marks: deque[tuple[int, int, Instant]] = field(default_factory=deque[tuple[int, int, Instant]])
     sizes: deque[tuple[int, int]] = field(default_factory=deque[tuple[int, int]])
     """(end, bytes) of feeds that are not acknowledged."""
 
     def turn_to(self, peer: PeerId) -> None:
-        """Somebody is to be opened there; how much it has it will say."""
+        """Somebody is to be opened there; how much it has it will say. `sent` stays true of one that was fed
+        until now without a break.
+        """
+        if self.peer != peer or self.state is OutletState.NONE:
+            self.sent = self.acked = 0
+            self.verified = False
         self.peer, self.state = peer, OutletState.OPENING
         self.marks.clear()
         self.sizes.clear()
@@ -140,6 +151,8 @@ class Session:
     asked: bool = False
     rows: int = 0
     compute_ns: int = 0
+    tokens: bytearray = field(default_factory=bytearray)
+    """Of the first stage: what it was fed."""
     wait_ns: int = 0
     step_ns: int = 0
     losses: tuple[StageLoss, ...] = ()
@@ -158,6 +171,11 @@ class Session:
     def standing(self) -> tuple[int, ...]:
         return standing(self.chain, self.began, self.index)
 
+    @property
+    def mark(self) -> bytes:
+        """Of the tokens that the first stage has."""
+        return token_mark(self.tokens) if self.index == 0 else b""
+
     def note(self, losses: tuple[StageLoss, ...]) -> tuple[StageLoss, ...]:
         """Remember these. Returned: those that are new."""
         known = {(loss.peer, loss.index, loss.generation) for loss in self.losses}
@@ -165,6 +183,10 @@ class Session:
         new = new[: MAX_LOSSES - len(self.losses)]
         self.losses += new
         return new
+
+
+def token_mark(tokens: bytes | bytearray) -> bytes:
+    return blake2b(tokens, digest_size=MARK_BYTES).digest()
 
 
 def smoothed(old_ns: int, sample_ns: int) -> int:

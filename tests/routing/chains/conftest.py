@@ -198,7 +198,8 @@ class HeadJob:
         self.out: dict[int, bytes] = {}
 
     def want(self, position: int) -> None:
-        self.drawn = self.tokens[position:] + self.drafts(self.tokens, self.goal)
+        guesses = self.drafts(self.tokens, self.goal) if position else []  # all tokens there are, first
+        self.drawn = self.tokens[position:] + guesses
         self.at = position
         session = self.node.engine.sessions[self.name]
         while session.queue and session.queue[-1][0] + len(session.queue[-1][1]) > position:
@@ -342,13 +343,9 @@ class Node:
         self.engine.lost()
         self.order(ev.EngineLost(CARGO))
         for job in list(self.jobs.values()):
-            self.engine.open(job.name, job.prompt, job.drafts is no_drafts and self.world.deterministic)
+            self.engine.open(job.name, job.prompt, self.world.deterministic)
             job.out.clear()
             job.want(0)
-
-
-def no_drafts(tokens: list[int], goal: int) -> list[int]:
-    return []
 
 
 @dataclass
