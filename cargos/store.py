@@ -83,7 +83,7 @@ class CargoStore:
 
     def __init__(self, root: Path | None = None, settings: FetchSettings | None = None) -> None:
         self.root: Final = default_root(os.environ) if root is None else root
-        self._settings: Final = FetchSettings.from_environment(os.environ) if settings is None else settings
+        self.settings: Final = FetchSettings.from_environment(os.environ) if settings is None else settings
 
     async def ensure(
         self,
@@ -223,7 +223,7 @@ class CargoStore:
     ) -> None:
         """Try peers (unless the file is on this machine), then the sources in order, with the lock held."""
         causes: list[tuple[str, SourceFailed]] = []
-        if peers is not None and file.pieces and not (base is not None and _lies_here(file)):
+        if peers is not None and file.pieces and not (base is not None and lies_here(file)):
             try:
                 await self._fetch_from_peers(file, tell, peers)
             except SourceFailed as error:
@@ -294,7 +294,7 @@ class CargoStore:
                             locator,
                             part,
                             report,
-                            self._settings,
+                            self.settings,
                             base=base,
                             scratch=scratch,
                             known=self._path_of_source,
@@ -469,7 +469,8 @@ def _compare(file: CargoFile, got: str) -> None:
         raise WrongContent(file.name, f"sha256 {file.sha256}", f"sha256 {got}")
 
 
-def _lies_here(file: CargoFile) -> bool:
+def lies_here(file: CargoFile) -> bool:
+    """Whether a source of it is a file of this machine (if the manifest is, too)."""
     return any(isinstance(parse_locator_untrusted(source), FileLocator) for source in file.sources)
 
 

@@ -6,7 +6,7 @@ import re
 import ssl
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final
+from typing import Final, NoReturn
 
 import httpx
 import trio
@@ -27,10 +27,10 @@ MIN_GAIN_BYTES: Final = 256 * KIB
 MAX_RETRY_AFTER_S: Final = 30
 USER_AGENT: Final = "archipelag"
 
-_CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\Z")
+CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\Z")
 
 
-class _Interrupted(Exception):
+class Interrupted(Exception):
     """This connection failed; the next may not."""
 
     def __init__(self, problem: str, wait_s: float = 0.0) -> None:
@@ -39,7 +39,9 @@ class _Interrupted(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
+class Target:
+    """Where a request goes. `loopback`: the server is on this machine. `token`: for its Authorization."""
+
     url: str
     token: str | None
     loopback: bool
@@ -59,7 +61,7 @@ async def fetch_url(
     A server without Range starts over. Raises SourceFailed, WrongContent (the server offers another size or
     sends more), StoreUnusable.
     """
-    target = _Target(url, _token_for(url, token), loopback)
+    target = Target(url, token_for(url, token), loopback)
     timeout = httpx.Timeout(settings.stall_timeout_s, connect=settings.connect_timeout_s)
     # SSL_CERT_FILE holds everywhere, but a proxy has no business between this machine and itself.
     trust = httpx.create_ssl_context()
@@ -69,7 +71,7 @@ async def fetch_url(
             before = part.offset
             try:
                 await _download(client, target, part, report, settings)
-            except _Interrupted as error:
+            except Interrupted as error:
                 failures = 1 if part.offset - before >= MIN_GAIN_BYTES else failures + 1
                 if failures >= settings.attempts:
                     raise SourceFailed(
@@ -82,7 +84,7 @@ async def fetch_url(
 
 
 async def _download(
-    client: httpx.AsyncClient, target: _Target, part: Part, report: Report, settings: FetchSettings
+    client: httpx.AsyncClient, target: Target, part: Part, report: Report, settings: FetchSettings
 ) -> None:
     headers = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT}
     if part.offset:
@@ -90,7 +92,7 @@ async def _download(
     if target.token is not None:
         headers["Authorization"] = f"Bearer {target.token}"
     try:
-        response = await _open(client, client.build_request("GET", target.url, headers=headers), target)
+        response = await follow(client, client.build_request("GET", target.url, headers=headers), target)
         try:
             await _admit(response, part)
             await _receive(response, part, report, settings)
@@ -98,12 +100,12 @@ async def _download(
             with trio.CancelScope(shield=True):  # closing a socket does not wait for the peer
                 await response.aclose()
     except httpx.TransportError as error:
-        raise _explain(error) from error
+        raise explain(error) from error
     except httpx.InvalidURL as error:
         raise SourceFailed(f"not a URL: {excerpt(str(error))}") from error
 
 
-async def _open(client: httpx.AsyncClient, request: httpx.Request, target: _Target) -> httpx.Response:
+async def follow(client: httpx.AsyncClient, request: httpx.Request, target: Target) -> httpx.Response:
     """The first response that is no redirect. httpx drops the Authorization header when the host changes."""
     for _ in range(MAX_REDIRECTS + 1):
         response = await client.send(request, stream=True)
@@ -126,10 +128,10 @@ async def _admit(response: httpx.Response, part: Part) -> None:
     expected = part.file.size_bytes
     status = response.status_code
     if status == HTTPStatus.PARTIAL_CONTENT:
-        found = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
+        found = CONTENT_RANGE.match(response.headers.get("content-range", ""))
         if found is None or int(found[1]) != part.offset:
             await part.restart()
-            raise _Interrupted("the server sent another range than was asked for")
+            raise Interrupted("the server sent another range than was asked for")
         if found[3] != "*" and int(found[3]) != expected:
             raise WrongContent(part.file.name, f"{expected} bytes", f"{found[3]} bytes on the server")
     elif status == HTTPStatus.OK:
@@ -142,20 +144,26 @@ async def _admit(response: httpx.Response, part: Part) -> None:
             await part.restart()  # it does not know Range
     elif status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and part.offset:
         await part.restart()
-        raise _Interrupted("the server could not resume")
-    elif status in (408, 425, 429) or status >= 500:
-        raise _Interrupted(f"HTTP {status}", _retry_after_s(response))
+        raise Interrupted("the server could not resume")
     else:
-        raise SourceFailed(f"HTTP {status} {excerpt(response.reason_phrase)}".rstrip(), _hint(status))
+        check_status(response)
     if response.headers.get("content-encoding", "identity").lower() != "identity":
         raise SourceFailed("the server encodes the content although it was asked not to")
+
+
+def check_status(response: httpx.Response) -> NoReturn:
+    """Raise what an unwelcome status means: Interrupted if another try may do better, else SourceFailed."""
+    status = response.status_code
+    if status in (408, 425, 429) or status >= 500:
+        raise Interrupted(f"HTTP {status}", _retry_after_s(response))
+    raise SourceFailed(f"HTTP {status} {excerpt(response.reason_phrase)}".rstrip(), _hint(status))
 
 
 async def _receive(response: httpx.Response, part: Part, report: Report, settings: FetchSettings) -> None:
     """Take the body. To stop early, the read itself is cancelled: httpx chains four async generators, and
     leaving the loop would abandon the inner ones to the garbage collector.
     """
-    speed = _Speedometer(settings)
+    speed = Speedometer(settings)
     failure: Exception | None = None
     with trio.CancelScope() as reading:
         async for chunk in response.aiter_raw():
@@ -165,16 +173,16 @@ async def _receive(response: httpx.Response, part: Part, report: Report, setting
                 await part.write(chunk)
                 report("downloading", part.offset, part.file.size_bytes)
                 speed.count(len(chunk))
-            except (CargoError, _Interrupted) as error:
+            except (CargoError, Interrupted) as error:
                 failure = error
                 reading.cancel()
     if failure is not None:
         raise failure
     if not part.complete:
-        raise _Interrupted(f"cut off at {part.offset} of {part.file.size_bytes} bytes")
+        raise Interrupted(f"cut off at {part.offset} of {part.file.size_bytes} bytes")
 
 
-class _Speedometer:
+class Speedometer:
     """Notices a connection that lives but leads nowhere."""
 
     def __init__(self, settings: FetchSettings) -> None:
@@ -188,11 +196,11 @@ class _Speedometer:
         if elapsed < self._settings.rate_window_s:
             return
         if self._bytes < self._settings.min_rate_bytes_s * elapsed:
-            raise _Interrupted(f"slower than {self._settings.min_rate_bytes_s} bytes/s")
+            raise Interrupted(f"slower than {self._settings.min_rate_bytes_s} bytes/s")
         self._start, self._bytes = trio.current_time(), 0
 
 
-def _explain(error: httpx.TransportError) -> Exception:
+def explain(error: httpx.TransportError) -> Exception:
     """What broke, in the words of whoever has some: httpx often wraps an error without its text."""
     words = ""
     link: BaseException | None = error
@@ -204,10 +212,10 @@ def _explain(error: httpx.TransportError) -> Exception:
             )
         words = words or str(link)
         link = link.__cause__ or link.__context__
-    return _Interrupted(f"{type(error).__name__}: {excerpt(words) or 'the connection broke'}")
+    return Interrupted(f"{type(error).__name__}: {excerpt(words) or 'the connection broke'}")
 
 
-def _token_for(url: str, token: str | None) -> str | None:
+def token_for(url: str, token: str | None) -> str | None:
     """A token never travels in the clear, except within this machine."""
     parsed = httpx.URL(url)
     return token if parsed.scheme == "https" or is_loopback_host(parsed.host) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,7 @@ import pytest
 
 
 def _load(name: str) -> ModuleType:
-    unique = f"archipelag_tests_shards_{name}"
+    unique = f"archipelag_tests_shards_{name.replace('/', '_')}"
     if unique not in sys.modules:
         spec = importlib.util.spec_from_file_location(unique, Path(__file__).parent / f"{name}.py")
         assert spec is not None
@@ -31,3 +32,11 @@ def synthetic() -> ModuleType:
 def native() -> ModuleType:
     """`native.run_chain(paths, tokens, more)`."""
     return _load("native_chain")
+
+
+@pytest.fixture
+def server() -> Iterator[object]:
+    """The file server of the store's tests: `server.serve(path, data, ...)`."""
+    store = _load("../store/conftest")
+    with store.running(store.FileServer()) as server:
+        yield server

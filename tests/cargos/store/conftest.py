@@ -77,8 +77,8 @@ class Handler(BaseHTTPRequestHandler):
         self._send_file(served, number)
 
     def _send_file(self, served: Served, number: int) -> None:
-        start = 0
-        asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start, end = 0, len(served.data)
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked and served.ranges:
             start = int(asked[1])
             if start >= len(served.data):
@@ -86,10 +86,11 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self.send_response(206)
             total = len(served.data)
-            self.send_header("Content-Range", served.content_range or f"bytes {start}-{total - 1}/{total}")
+            end = min(int(asked[2]) + 1, total) if asked[2] else total
+            self.send_header("Content-Range", served.content_range or f"bytes {start}-{end - 1}/{total}")
         else:
             self.send_response(200)
-        body = served.data[start:]
+        body = served.data[start:end]
         if served.content_length is not None:
             length = len(body) if served.content_length == "true" else served.content_length
             self.send_header("Content-Length", str(length))

@@ -1,0 +1,308 @@
+"""Slices of models on this machine: cut from the whole file if it is here, else from the pieces that they need.
+
+ROOT/shards/abcd....FIRST-LAST.VERSION.gguf    a slice, by the SHA-256 of the whole file
+ROOT/shards/....ok                             what it looked like when it was made
+ROOT/pieces/                                   pieces of whole files; they are kept, other Islands want them
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Final, TypeAlias
+
+import msgspec
+import trio
+
+from cargos.errors import CargoError, FetchFailed, SourceFailed, StoreUnusable
+from cargos.locator import HttpLocator, HubLocator, is_local, parse_locator_untrusted
+from cargos.lock import file_lock
+from cargos.manifest import CargoFile, Manifest, Sharding
+from cargos.part import store_errors
+from cargos.progress import FetchProgress, FetchState, ProgressCallback
+from cargos.shards.architectures import CanNotCut
+from cargos.shards.cut import read_header, write_slice
+from cargos.shards.gguf import Header, Incomplete, parse_header_untrusted
+from cargos.shards.layout import Model, model_of, ranges_of, slice_of
+from cargos.shards.pieces import PieceFile, pieces_of_ranges
+from cargos.sources.ranges import fetch_list, fetch_pieces
+from cargos.store import SPACE_MARGIN_BYTES, CargoStore, PieceFetcher, lies_here
+from protocol.limits import MIB
+
+#: Raised when slices are cut in another way, so that old ones are not taken for new ones.
+CUT_VERSION: Final = 1
+#: What is wanted of a file first: the header of a model with a vocabulary of 50,000, or this share of a small
+#: file. Then three times as much.
+FIRST_HEADER_BYTES: Final = 2 * MIB
+FIRST_HEADER_SHARE: Final = 16
+HEADER_GROWTH: Final = 3
+
+_Remote: TypeAlias = HttpLocator | HubLocator
+
+
+class _Made(msgspec.Struct, frozen=True):
+    """What a slice looked like when it was made. Any change of the file changes one of these."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+class ShardStore:
+    """Slices of the Cargos of a store. Cheap to make."""
+
+    def __init__(self, store: CargoStore) -> None:
+        self._store: Final = store
+        self._folder: Final = store.root / "shards"
+
+    async def ensure(
+        self,
+        manifest: Manifest,
+        first: int,
+        last: int,
+        *,
+        base: PurePath | None = None,
+        progress: ProgressCallback | None = None,
+        fetch_pieces: PieceFetcher | None = None,
+    ) -> Path:
+        """The slice of layers `first` to `last` (exclusive) of the Cargo's model, made if it is not there yet.
+
+        From the whole file if it is here; else from the pieces that the slice needs, which `fetch_pieces` may
+        bring (from peers), or else servers that know Range; else from the whole file, fetched as ever. `base`
+        as in `CargoStore.ensure`. Raises CanNotCut, FetchFailed, StoreUnusable, CargoError.
+        """
+        sharding, file = _model_file(manifest)
+        if not 0 <= first < last <= sharding.layers:
+            raise CanNotCut(f"{manifest.name} has layers 0 to {sharding.layers}, not {first} to {last}")
+        tell = progress or _ignore
+        target = self.path(file, first, last)
+        if not await trio.to_thread.run_sync(_looks_made, target):
+            with store_errors(self._folder):
+                for folder in (self._folder, self._store.root / "locks"):
+                    await trio.to_thread.run_sync(
+                        lambda folder=folder: folder.mkdir(parents=True, exist_ok=True)
+                    )
+
+            def waiting() -> None:
+                tell(FetchProgress(target.name, "", 0, None, "waiting"))
+
+            async with file_lock(self._store.root / "locks" / f"{target.name}.lock", waiting):
+                if not await trio.to_thread.run_sync(_looks_made, target):
+                    job = _Job(self._store, manifest, sharding, file, base, tell, fetch_pieces)
+                    await job.make(target, first, last)
+        tell(FetchProgress(target.name, "", 1, 1, "done"))
+        return target
+
+    def path(self, file: CargoFile, first: int, last: int) -> Path:
+        """Where the slice is, if it is there."""
+        return self._folder / f"{file.sha256}.{first}-{last}.v{CUT_VERSION}.gguf"
+
+    def remove(self, manifest: Manifest, keep: tuple[int, int] | None = None) -> int:
+        """Delete the Cargo's slices, but the one of layers `keep`. Returns the bytes freed. Blocking.
+
+        An engine that has one open keeps what it mapped. Raises StoreUnusable.
+        """
+        freed = 0
+        for file in manifest.files:
+            kept = None if keep is None else self.path(file, *keep)
+            for path in self._folder.glob(f"{file.sha256}.*.gguf"):
+                if path != kept:
+                    with suppress(OSError):
+                        freed += path.stat().st_blocks * 512
+                    with store_errors(path):
+                        path.with_suffix(".ok").unlink(missing_ok=True)
+                        path.unlink(missing_ok=True)
+        return freed
+
+
+@dataclass(slots=True)
+class _Job:
+    """Making one slice, with its lock held."""
+
+    _store: CargoStore
+    _manifest: Manifest
+    _sharding: Sharding
+    _file: CargoFile
+    _base: PurePath | None
+    _tell: ProgressCallback
+    _fetch: PieceFetcher | None
+    _causes: list[tuple[str, SourceFailed]] = field(default_factory=list[tuple[str, SourceFailed]])
+
+    async def make(self, target: Path, first: int, last: int) -> None:
+        whole = await trio.to_thread.run_sync(self._store.verified_path, self._file)
+        if whole is None and await self._make_of_pieces(target, first, last):
+            return
+        if whole is None:
+            whole = await self._fetch_whole()
+        header = await trio.to_thread.run_sync(read_header, whole)
+        await self._cut(whole, self._checked(header), target, first, last)
+
+    async def _fetch_whole(self) -> Path:
+        try:
+            paths = await self._store.ensure(self._manifest, base=self._base, progress=self._tell)
+        except FetchFailed as error:
+            causes = tuple(self._causes) + tuple(zip(self._file.sources, error.causes, strict=False))
+            raise FetchFailed(self._file.name, causes) from error
+        return paths[self._file.name]
+
+    def _checked(self, header: Header) -> Model:
+        """The model, if it is the one that the manifest describes to planners."""
+        model, told = model_of(header), self._sharding
+        if (model.name, model.layers, model.width) != (told.architecture, told.layers, told.width):
+            raise CargoError(
+                f"{self._manifest.name}: the model is {model.name} with {model.layers} layers of {model.width},"
+                f" the manifest says {told.architecture}, {told.layers}, {told.width}",
+                "'archi-node cargo pieces FILE' prints the right section for its author.",
+            )
+        return model
+
+    async def _cut(self, source: Path, model: Model, target: Path, first: int, last: int) -> None:
+        wanted = slice_of(model, first, last)
+        self._say("", 0, wanted.size_bytes, "cutting")
+        self._check_space(sum(part.size for part in wanted.segments))
+        await trio.to_thread.run_sync(write_slice, source, target, wanted)
+        await trio.to_thread.run_sync(_note, target)
+
+    # --- out of pieces ----------------------------------------------------------------------------
+
+    async def _make_of_pieces(self, target: Path, first: int, last: int) -> bool:
+        """False if the pieces are not to be had."""
+        file = self._file
+        remotes = self._remotes()
+        if not file.pieces or (self._base is not None and lies_here(file)):
+            return False
+        if self._fetch is None and not remotes:
+            return False
+
+        def waiting() -> None:
+            self._say("", 0, None, "waiting")
+
+        async with PieceFile.held(self._store.root, file, waiting) as pieces:
+            header = await self._header(pieces, remotes)
+            if header is None:
+                return False
+            model = self._checked(header)
+            wanted = pieces_of_ranges(ranges_of(model, first, last), file.piece_bytes)
+            if not await self._obtain(pieces, wanted, remotes):
+                return False
+            await self._cut(pieces.path, model, target, first, last)
+        return True
+
+    def _remotes(self) -> list[tuple[str, _Remote]]:
+        """Sources that may know Range. A manifest from elsewhere names none on this machine."""
+        found: list[tuple[str, _Remote]] = []
+        for source in self._file.sources:
+            locator = parse_locator_untrusted(source)
+            if isinstance(locator, HttpLocator | HubLocator) and (
+                self._base is not None or not is_local(locator)
+            ):
+                found.append((source, locator))
+        return found
+
+    async def _header(self, pieces: PieceFile, remotes: Sequence[tuple[str, _Remote]]) -> Header | None:
+        """The file's header, of as many pieces as it takes."""
+        size = min(FIRST_HEADER_BYTES, -(-pieces.size_bytes // FIRST_HEADER_SHARE))
+        while True:
+            wanted = pieces_of_ranges([(0, size)], pieces.piece_bytes)
+            if not await self._obtain(pieces, wanted, remotes):
+                return None
+            size = min((wanted[-1] + 1) * pieces.piece_bytes, pieces.size_bytes)
+            try:
+                data = await trio.to_thread.run_sync(pieces.read, 0, size)
+                return await trio.to_thread.run_sync(parse_header_untrusted, data, pieces.size_bytes)
+            except Incomplete as error:
+                size = min(max(error.needed, HEADER_GROWTH * size), pieces.size_bytes)
+
+    async def _obtain(
+        self, pieces: PieceFile, wanted: Sequence[int], remotes: Sequence[tuple[str, _Remote]]
+    ) -> bool:
+        """Have these pieces. False if not all are to be had."""
+        missing = pieces.missing(wanted)
+        if missing:
+            self._check_space(sum(map(pieces.size_of, missing)))
+        if missing and self._fetch is not None:
+            self._say("peers", *_have(pieces, wanted), "downloading")
+            try:
+                await self._fetch(self._file, missing, pieces)
+            except SourceFailed as error:
+                self._causes.append(("peers", error))
+            missing = pieces.missing(wanted)
+        for source, locator in remotes:
+            if missing:
+                try:
+                    await self._obtain_from(source, locator, pieces, wanted)
+                except SourceFailed as error:
+                    self._causes.append((source, error))
+                missing = pieces.missing(wanted)
+        if missing and self._fetch is not None:
+            self._causes.append(("peers", SourceFailed(f"no peer had {len(missing)} of {len(wanted)} pieces")))
+        return not missing
+
+    async def _obtain_from(
+        self, source: str, locator: _Remote, pieces: PieceFile, wanted: Sequence[int]
+    ) -> None:
+        settings = self._store.settings
+        if pieces.hashes() is None:
+            await pieces.learn(await fetch_list(locator, self._file, settings))
+
+        async def put(index: int, data: bytes) -> None:
+            await pieces.put(index, data)
+            self._say(source, *_have(pieces, wanted), "downloading")
+
+        await fetch_pieces(locator, self._file, pieces.missing(wanted), put, settings)
+
+    def _say(self, source: str, done: int, total: int | None, state: FetchState) -> None:
+        self._tell(FetchProgress(self._file.name, source, done, total, state))
+
+    def _check_space(self, needed: int) -> None:
+        with store_errors(self._store.root):
+            free = shutil.disk_usage(self._store.root).free
+        if free < needed + SPACE_MARGIN_BYTES:
+            raise StoreUnusable(
+                f"the disk of {self._store.root} has {free // MIB} MiB free, "
+                f"{-(-(needed + SPACE_MARGIN_BYTES) // MIB)} MiB are needed",
+                "Free some space, or point ARCHI_CACHE at another disk.",
+            )
+
+
+def _model_file(manifest: Manifest) -> tuple[Sharding, CargoFile]:
+    file = manifest.file_with_role("model")
+    if manifest.sharding is None or file is None:
+        raise CanNotCut(
+            f"the manifest of {manifest.name} does not say how its layers can be spread",
+            "'archi-node cargo pieces FILE' prints the section that says it, for the manifest's author.",
+        )
+    return manifest.sharding, file
+
+
+def _have(pieces: PieceFile, wanted: Sequence[int]) -> tuple[int, int]:
+    """Bytes that are here, and bytes wanted."""
+    total = sum(map(pieces.size_of, wanted))
+    return total - sum(map(pieces.size_of, pieces.missing(wanted))), total
+
+
+def _seen(path: Path) -> _Made:
+    info = path.stat()
+    return _Made(info.st_size, info.st_mtime_ns, info.st_ino)
+
+
+def _looks_made(path: Path) -> bool:
+    try:
+        return msgspec.json.decode(path.with_suffix(".ok").read_bytes(), type=_Made) == _seen(path)
+    except (OSError, msgspec.DecodeError):
+        return False
+
+
+def _note(path: Path) -> None:
+    with store_errors(path):
+        note = path.with_suffix(".ok")
+        new = note.with_suffix(".ok.new")
+        new.write_bytes(msgspec.json.encode(_seen(path)))
+        new.replace(note)
+
+
+def _ignore(_: FetchProgress) -> None:
+    pass
