@@ -218,7 +218,12 @@ class _Search(Generic[P]):
             span = max(1, self._span(place))
             return place.extra_ns + place.layer_ns + self.hop_ns(anchor, n) // span, n
 
-        able = [n for n, place in enumerate(self.places) if n != anchor and self._span(place) > 0]
+        least = min(self.shape.layer_bytes)
+        able = [
+            n
+            for n, place in enumerate(self.places)
+            if n != anchor and (place.fixed or place.room_bytes >= least)
+        ]
         free = sorted((n for n in able if self.places[n].fixed is None), key=score)[:MAX_NEIGHBOURS]
         held = sorted((n for n in able if self.places[n].fixed is not None), key=score)[:MAX_NEIGHBOURS]
         return free + held

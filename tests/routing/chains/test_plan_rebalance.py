@@ -1,0 +1,144 @@
+"""Busy ranges are joined by others, and moves come to an end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from protocol.dice import Dice
+from protocol.instants import SECOND_NS
+from routing.chains.plan import Holder, ModelShape, Room, Speed
+from routing.chains.rebalance import BalancePolicy, Balancer
+
+MS = 1_000_000
+SHAPE = ModelShape([10] * 8, 0, 0)
+FIRST, SECOND = (0, 4), (4, 8)
+MINUTE = 60 * SECOND_NS
+HOUR = 60 * MINUTE
+
+
+class Network:
+    """Islands with 4 slots each; `demand`: sessions per range, spread evenly. Moves take `loading` rounds."""
+
+    def __init__(self, held, rooms=0, loading=3):
+        self.at = {f"p{n}": span for n, span in enumerate(held)}
+        self.rooms = [f"r{n}" for n in range(rooms)]
+        self.coming = []
+        self.loading = loading
+        self.balancer = Balancer()
+        self.history = []
+
+    def holders(self, demand):
+        out = []
+        for span, sessions in demand.items():
+            peers = [peer for peer, held in self.at.items() if held == span]
+            for n, peer in enumerate(peers):
+                active = sessions // len(peers) + (n < sessions % len(peers))
+                out.append(Holder(peer, *span, Speed(MS), 4, active))
+        return out
+
+    def step(self, now, demand):
+        self.coming = [(rounds - 1, peer, span) for rounds, peer, span in self.coming]
+        for rounds, peer, span in self.coming:
+            if rounds <= 0:
+                self.at[peer] = span
+                if peer in self.rooms:
+                    self.rooms.remove(peer)
+        self.coming = [each for each in self.coming if each[0] > 0]
+        holders = self.holders(demand)
+        self.balancer.watch(now, holders)
+        moves = self.balancer.moves(now, SHAPE, [Room(r, 40, Speed(MS)) for r in self.rooms], holders)
+        for move in moves:
+            self.history.append((now, move))
+            self.coming.append((self.loading, move.peer, (move.first, move.last)))
+        return moves
+
+    def count(self, span):
+        return sum(held == span for held in self.at.values())
+
+
+def test_a_busy_range_is_joined_by_islands_with_room():
+    net = Network([FIRST] * 4 + [SECOND] * 4, rooms=4)
+    for minute in range(120):
+        net.step(minute * MINUTE, {FIRST: 16, SECOND: 4})
+    assert net.count(FIRST) > 4
+    assert {move.leaves for _, move in net.history} == {None}
+    assert 16 * 1000 // (4 * net.count(FIRST)) < 700  # busy no more
+
+
+def test_without_room_somebody_comes_from_where_there_is_plenty():
+    net = Network([FIRST] * 2 + [SECOND] * 8)
+    for minute in range(240):
+        net.step(minute * MINUTE, {FIRST: 8, SECOND: 8})
+    assert net.count(FIRST) >= 3
+    assert {move.leaves for _, move in net.history} == {SECOND}
+    assert net.count(SECOND) >= 2
+
+
+@pytest.mark.parametrize("demand", [{FIRST: 8, SECOND: 8}, {FIRST: 30, SECOND: 30}, {FIRST: 31, SECOND: 6}])
+@pytest.mark.parametrize("held", [(2, 8), (5, 5), (9, 3)])
+def test_under_constant_load_moves_end(demand, held):
+    net = Network([FIRST] * held[0] + [SECOND] * held[1], rooms=2)
+    for minute in range(48 * 60):
+        net.step(minute * MINUTE, demand)
+    assert len(net.history) <= 10
+    assert all(now < 12 * HOUR for now, _ in net.history)  # of two days
+    peers = [move.peer for _, move in net.history]
+    assert len(set(peers)) == len(peers)  # nobody went twice
+
+
+def test_noise_and_swings_move_nobody_more_than_once_per_dwell():
+    net, dice = Network([FIRST] * 6 + [SECOND] * 6, rooms=2), Dice(5)
+    for step in range(6 * 60 * 4):
+        swing = 14 if step // 240 % 2 else 6  # an hour this way, an hour that way
+        net.step(step * 15 * SECOND_NS, {FIRST: swing + dice.below(9), SECOND: 20 - swing + dice.below(9)})
+    policy = BalancePolicy()
+    last = {}
+    for now, move in net.history:
+        assert now - last.get(move.peer, -policy.dwell_ns) >= policy.dwell_ns
+        last[move.peer] = now
+    assert len(net.history) <= 14  # 12 Islands, six hours: it could be 48 each quarter
+
+
+def test_a_short_burst_moves_nobody():
+    net = Network([FIRST] * 4 + [SECOND] * 4, rooms=4)
+    for step in range(240):
+        burst = 16 if 100 <= step < 108 else 2
+        net.step(step * 5 * SECOND_NS, {FIRST: burst, SECOND: 2})
+    assert net.history == []
+
+
+def test_who_is_on_the_way_counts_already():
+    """One more would do; while it loads, no further one is sent."""
+    net = Network([FIRST] * 4 + [SECOND] * 4, rooms=6, loading=1000)
+    for minute in range(25):
+        net.step(minute * MINUTE, {FIRST: 13, SECOND: 1})
+    assert len(net.history) == 1
+
+
+def test_only_islands_with_enough_room_are_sent():
+    balancer = Balancer()
+    holders = [Holder("a", 0, 4, Speed(MS), 1, 3), Holder("b", 4, 8, Speed(MS), 1, 0)]
+    small, slow, quick = (
+        Room("small", 39, Speed(MS)),
+        Room("slow", 50, Speed(9 * MS)),
+        Room("quick", 40, Speed(MS)),
+    )
+    for minute in range(60):
+        balancer.watch(minute * MINUTE, holders)
+    assert balancer.moves(HOUR, SHAPE, [small], holders) == ()
+    suspect = replace(quick, suspect=True)
+    moves = balancer.moves(HOUR, SHAPE, [small, slow, suspect], holders)
+    assert [move.peer for move in moves] == ["slow"]
+
+
+def test_the_mean_follows_slowly():
+    balancer = Balancer(BalancePolicy(smoothing_ns=100 * SECOND_NS))
+    holders = [Holder("a", 0, 4, Speed(MS), 4, 4)]
+    balancer.watch(0, holders)
+    assert balancer.demand_milli(0, 4) == 0
+    balancer.watch(100 * SECOND_NS, holders)
+    assert balancer.demand_milli(0, 4) == 2000
+    balancer.watch(200 * SECOND_NS, [])
+    assert balancer.demand_milli(0, 4) == 0
