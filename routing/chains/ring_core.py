@@ -132,7 +132,9 @@ class RingCore:
             session=session.name,
             chain=session.chain,
             index=session.next_index,
-            upto=session.upto if session.head is not None else min(session.upto, session.outlet.sent),
+            upto=session.upto
+            if session.head is not None
+            else min(session.upto, session.outlet.sent, session.log.end),
             prompt=session.prompt,
             consumer=session.consumer,
             deterministic=session.deterministic,
@@ -228,6 +230,7 @@ class RingCore:
     def _rebuild(self, now: Instant, session: Session) -> None:
         """The next stage needs rows that our log has forgotten: make them once more, from the first."""
         session.log.clear()
+        session.tokens.clear()
         session.told = 0
         if session.intake.truncate(0):
             self._agenda.sooner(("drain", session.name), after(now, self._policy.drain_ns))

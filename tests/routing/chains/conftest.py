@@ -327,6 +327,11 @@ class Node:
         self.engine.close(name)
         self.order(ev.Finish(name))
 
+    def cancel(self, name: str) -> None:
+        """The gateway does not want it any more."""
+        if name in self.jobs:
+            self.finished(name)
+
     def submit(self, name: str, chain: Chain, prompt: list[int], resume: list[int], count: int, **how: Any) -> None:
         if self.dead or self.frozen:
             return
@@ -380,6 +385,9 @@ class Gateway:
         return order
 
     def dispatch(self, order: Order, chain: Chain) -> None:
+        if order.head:
+            old = self.world.nodes[order.head]
+            self.world.later(0, lambda: old.cancel(order.name), old)
         order.attempts += 1
         order.chain, order.head = chain, chain.head.peer
         order.last_at = self.world.now
