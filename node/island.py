@@ -27,6 +27,8 @@ from cargos.progress import FetchProgress
 from cargos.resolve import resolve_cargo
 from cargos.runtimes.base import Runtime, RuntimeFailed, RuntimeSpec
 from cargos.runtimes.llama import open_llama
+from cargos.runtimes.shards import ShardOptions, open_stage
+from cargos.shards.store import ShardStore
 from cargos.store import CargoStore
 from dht.keys import key_of_capability, key_of_cargo, key_of_region
 from node.adverts import AdvertMaker
@@ -51,7 +53,7 @@ from node.pieces.limits import ServeLimits
 from node.pieces.service import PiecesConfig, PieceService, open_pieces
 from node.settings import SettingsError
 from node.shards.head import ChainHeads
-from node.shards.hosting import ShardHost, SliceStore, StageOpener, share_out
+from node.shards.hosting import ShardHost, StageOpener, share_out
 from node.shards.ring import RingService, open_ring
 from node.snapshot import Snapshot, snapshot
 from node.state import HostedCargo, IslandState
@@ -245,6 +247,7 @@ class Island:
                     if ring is not None:
                         state.shards = self._shard_host(ring, left_mib)
                         for entry in shared:
+                            self._pieces.know(*entry.manifest.files)
                             state.shards.offer(entry)
                         nursery.start_soon(state.shards.run)
                     nursery.start_soon(self._advertise)
@@ -258,14 +261,16 @@ class Island:
         settings, state = self.settings, self.state
         host = ShardHost(
             ring,
-            _slice_store(self.store),
-            self._open_shard or _stage_opener(drafts=settings.shards.drafts),
+            ShardStore(self.store),
+            self._open_shard or partial(open_stage, options=ShardOptions(drafts=settings.shards.drafts)),
             settings=settings.shards,
             engine=settings.engine,
             data_dir=settings.data_path,
             coordinators=lambda: () if state.affiliation is None else state.affiliation.coordinators,
             changed=self._note_change,
             room_mib=room_mib,
+            fetch_pieces=self._pieces.fetch_pieces if settings.pieces.fetch else None,
+            fetched=self._pieces.note_change,
         )
         state.peers.serve(METHOD_HOLD, HOLD_SHARD, host.hold)
         return host
@@ -421,15 +426,3 @@ class Island:
         if overlay is not None and (not self._coordinate or now - self._coordinate_from > COORDINATE_S):
             self._coordinate, self._coordinate_from = overlay.driver.machine.coordinate, now
         return self._coordinate
-
-
-def _stage_opener(*, drafts: bool) -> StageOpener:
-    from cargos.runtimes.shards import ShardOptions, open_stage  # noqa: PLC0415
-
-    return partial(open_stage, options=ShardOptions(drafts=drafts))
-
-
-def _slice_store(store: CargoStore) -> SliceStore:
-    from cargos.shards.store import ShardStore  # noqa: PLC0415
-
-    return ShardStore(store)

@@ -35,6 +35,7 @@ class ChainHeads:
     def __init__(self, ring: RingService, me: PeerId) -> None:
         self._ring = ring
         self._me = me
+        self._open: set[str] = set()
 
     def job_for(self, offer: JobOffer, consumer: PeerId) -> HeadJob | JobReject:
         """What runs this offer, which names a chain, or why it is refused here."""
@@ -49,12 +50,12 @@ class ChainHeads:
             return JobReject("unknown-cargo", f"this Island does not hold layers {last.first} to {last.last}")
         if not _is_head(held):
             return JobReject("unknown-cargo", "layers follow those that this Island holds")
-        if self._ring.is_known(offer.job):
+        if self._ring.is_known(offer.job) or offer.job in self._open:
             # An attempt whose gateway is gone, or a chain that names us twice.
             return JobReject("busy", "this session is still being ended here", retry_after_ms=200)
         if offer.work.deterministic and chain.dtype != "f32":
             chain = msgspec.structs.replace(chain, dtype="f32")
-        return HeadJob(self._ring, held, offer.job, chain, consumer)
+        return HeadJob(self._ring, held, offer.job, chain, consumer, running=self._open)
 
 
 def _is_head(held: Held) -> bool:
@@ -64,7 +65,18 @@ def _is_head(held: Held) -> bool:
 class HeadJob:
     """One job on one chain; a `Runtime` for the job service."""
 
-    def __init__(self, ring: RingService, held: Held, session: str, chain: Chain, consumer: PeerId) -> None:
+    def __init__(
+        self,
+        ring: RingService,
+        held: Held,
+        session: str,
+        chain: Chain,
+        consumer: PeerId,
+        *,
+        running: set[str],
+    ) -> None:
+        """`running`: the sessions whose jobs run now, kept by this."""
+        self._running = running
         self._ring = ring
         self._runtime = cast("HeadRuntime", held.runtime)
         self._session = session
@@ -102,6 +114,7 @@ class HeadJob:
         head = self._head = self._ring.begin(
             self._session, self._chain, self._consumer, deterministic=work.deterministic
         )
+        self._running.add(self._session)
         try:
             async with self._runtime.submit(
                 self._session,
@@ -113,6 +126,7 @@ class HeadJob:
             ) as inner:
                 yield _ChainSession(inner, head)
         finally:
+            self._running.discard(self._session)
             self._ring.finish(head)
 
     async def settle(self) -> tuple[StageWork, ...]:

@@ -22,6 +22,7 @@ from cargos.manifest import Manifest, Sharding
 from cargos.progress import FetchProgress, ProgressCallback
 from cargos.runtimes.base import RuntimeFailed
 from cargos.runtimes.shards.base import OnEvent, StageLoad, StageRuntime, StageSpec
+from cargos.store import PieceFetcher
 from node.config import EngineSettings, ShardSettings
 from node.rpc import Refused
 from node.shards.kept import KeptShard, read_kept, write_kept
@@ -59,6 +60,7 @@ class SliceStore(Protocol):
         *,
         base: PurePath | None = None,
         progress: ProgressCallback | None = None,
+        fetch_pieces: PieceFetcher | None = None,
     ) -> Path:
         """The slice's GGUF. Raises CargoError."""
         ...
@@ -141,7 +143,7 @@ class HostedShard:
 
 class ShardHost:
     """`run` until cancelled. `offer` what does not fit before. `coordinators`: who may order; `changed` is
-    called when what is offered has changed.
+    called when what is offered has changed, `fetched` when something came into the store.
     """
 
     def __init__(
@@ -156,6 +158,8 @@ class ShardHost:
         coordinators: Callable[[], Iterable[PeerId]],
         changed: Callable[[], None],
         room_mib: int,
+        fetch_pieces: PieceFetcher | None = None,
+        fetched: Callable[[], None] = lambda: None,
     ) -> None:
         self.shards: Final[dict[str, HostedShard]] = {}
         self._ring = ring
@@ -167,6 +171,8 @@ class ShardHost:
         self._coordinators = coordinators
         self._changed = changed
         self._room_mib = room_mib
+        self._fetch_pieces = fetch_pieces
+        self._fetched = fetched
         self._kept = read_kept(data_dir)
 
     def offer(self, entry: CargoEntry) -> None:
@@ -303,7 +309,15 @@ class ShardHost:
 
         self._note(shard, "fetching")
         try:
-            path = await self._store.ensure(manifest, first, last, base=shard.entry.base, progress=note)
+            path = await self._store.ensure(
+                manifest,
+                first,
+                last,
+                base=shard.entry.base,
+                progress=note,
+                fetch_pieces=self._fetch_pieces,
+            )
+            self._fetched()
             spec = self._spec(shard, path, first, last)
             self._note(shard, "loading")
             async with self._opener(spec, self._ring.events_of(digest)) as runtime:
