@@ -324,6 +324,8 @@ class Demo:
                 raise DemoFailed(f"{child.label} can not run {failed.name}: {failed.detail}")
             if not snapshot.cargos or any(cargo.state != "ready" for cargo in snapshot.cargos):
                 return False
+            if any(cargo.shard is not None for cargo in snapshot.cargos):
+                return False  # it is ready when the gateway says that all layers are there
             if not any("coordinator" in peer.roles for peer in snapshot.peers):
                 return False
         return True
