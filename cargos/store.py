@@ -16,15 +16,16 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import IO, Final, TypeAlias
+from typing import IO, Final
 
 import msgspec
 import trio
 
 from cargos.errors import CargoError, FetchFailed, ManifestError, SourceFailed, StoreUnusable, WrongContent
+from cargos.from_peers import PieceFetcher, fill_from_peers
 from cargos.locator import FileLocator, is_local, parse_locator_untrusted
 from cargos.lock import file_lock
 from cargos.manifest import CargoFile, Manifest, canonical_json
@@ -41,11 +42,6 @@ from protocol.limits import MIB
 SPACE_MARGIN_BYTES: Final = 64 * MIB
 #: Times that files may vanish (another process removes the Cargo) between fetching and linking them.
 LINK_ATTEMPTS: Final = 3
-#: How often the progress of a fetch from peers is told.
-TELL_S: Final = 0.25
-
-#: Brings pieces of a file from peers, those of them that are to be had. Raises StoreUnusable.
-PieceFetcher: TypeAlias = Callable[[CargoFile, Sequence[int], PieceFile], Awaitable[None]]
 
 
 def default_root(environment: Mapping[str, str]) -> Path:
@@ -225,7 +221,9 @@ class CargoStore:
         causes: list[tuple[str, SourceFailed]] = []
         if peers is not None and file.pieces and not (base is not None and lies_here(file)):
             try:
-                await self._fetch_from_peers(file, tell, peers)
+                async with PieceFile.held(self.root, file) as pieces:
+                    await fill_from_peers(pieces, base, tell, peers, self.settings)
+                    await trio.to_thread.run_sync(self._accept_pieces, file, pieces)
             except SourceFailed as error:
                 causes.append(("peers", error))
             else:
@@ -236,37 +234,11 @@ class CargoStore:
             except SourceFailed as error:
                 causes.append((source, error))
             else:
+                if self._allocated(file):  # pieces of it are of no use any more
+                    async with PieceFile.held(self.root, file):
+                        await trio.to_thread.run_sync(remove_pieces, self.root, file)
                 return
         raise FetchFailed(file.name, tuple(causes))
-
-    async def _fetch_from_peers(self, file: CargoFile, tell: ProgressCallback, peers: PieceFetcher) -> None:
-        """Raises SourceFailed if not all of it is to be had; what is stays for the next time."""
-
-        def report(pieces: PieceFile, state: FetchState) -> None:
-            left = sum(pieces.size_of(index) for index in pieces.missing(range(file.pieces)))
-            tell(FetchProgress(file.name, "peers", file.size_bytes - left, file.size_bytes, state))
-
-        async def report_often(pieces: PieceFile) -> None:
-            while True:
-                report(pieces, "downloading")
-                await trio.sleep(TELL_S)
-
-        async with PieceFile.held(self.root, file) as pieces:
-            failure: CargoError | None = None
-            if missing := pieces.missing(range(file.pieces)):
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(report_often, pieces)
-                    try:
-                        await peers(file, missing, pieces)
-                    except CargoError as error:  # raised outside, so that it comes without a group
-                        failure = error
-                    nursery.cancel_scope.cancel()
-            if failure is not None:
-                raise failure
-            if missing := pieces.missing(range(file.pieces)):
-                raise SourceFailed(f"no peer has {len(missing)} of the {file.pieces} pieces", "")
-            report(pieces, "checking")
-            await trio.to_thread.run_sync(self._accept_pieces, file, pieces)
 
     async def _fetch_from(
         self, source: str, file: CargoFile, base: Path | None, tell: ProgressCallback

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import trio
@@ -229,3 +233,30 @@ def memory_source() -> type[MemorySource]:
 @pytest.fixture
 def memory_sink() -> type[MemorySink]:
     return MemorySink
+
+
+def _load(path: str) -> ModuleType:
+    """A helper of another folder's tests."""
+    unique = f"archipelag_tests_pieces_{path.replace('/', '_')}"
+    if unique not in sys.modules:
+        place = Path(__file__).parents[2] / "cargos" / f"{path}.py"
+        spec = importlib.util.spec_from_file_location(unique, place)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[unique] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[unique]
+
+
+@pytest.fixture
+def server() -> Iterator[object]:
+    """The file server of the store's tests: `server.serve(path, data, ...)`."""
+    store = _load("store/conftest")
+    with store.running(store.FileServer()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> ModuleType:
+    """`synthetic.write_model(path, synthetic.Shape(...))`."""
+    return _load("shards/synthetic")

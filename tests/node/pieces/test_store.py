@@ -138,6 +138,18 @@ async def test_what_peers_lack_is_named_when_the_source_fails_too_and_not_fetche
     assert giver.wanted == [tuple(range(10)), (7, 8, 9)]
 
 
+@pytest.mark.parametrize("ranges", [True, False], ids=["a server that knows Range", "one that does not"])
+async def test_the_source_gives_what_peers_lack(ranges, store, make_whole, server, tmp_path) -> None:
+    whole = make_whole(10)
+    served = server.serve("/weights.bin", whole.data, ranges=ranges)
+    file = msgspec.structs.replace(whole.file, sources=(server.url + "/weights.bin",))
+    await store.ensure(manifest_of(file), base=tmp_path, peers=Giver(whole, range(7)))
+    assert store.verified_path(file) is not None
+    lacking = file.size_bytes - 7 * file.piece_bytes
+    assert (served.sent_bytes == lacking) if ranges else (served.sent_bytes >= file.size_bytes)
+    assert not list((store.root / "pieces").iterdir())
+
+
 async def test_a_manifest_that_contradicts_itself_gives_no_file(store, make_whole) -> None:
     whole = make_whole(10)
     lying = msgspec.structs.replace(whole.file, sha256="0" * 64)
