@@ -247,7 +247,6 @@ class Island:
                     if ring is not None:
                         state.shards = self._shard_host(ring, left_mib)
                         for entry in shared:
-                            self._pieces.know(*entry.manifest.files)
                             state.shards.offer(entry)
                         nursery.start_soon(state.shards.run)
                     nursery.start_soon(self._advertise)
