@@ -302,3 +302,9 @@ async def toys() -> AsyncGenerator[Toys]:
 @pytest.fixture
 def answer() -> Callable[..., list[int]]:
     return toy_answer
+
+
+@pytest.fixture
+def make_stage() -> Callable[..., ToyStage]:
+    """`make_stage(first, last, layers, on_event)`: a stage of arithmetic; run it."""
+    return ToyStage

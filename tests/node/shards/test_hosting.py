@@ -1,0 +1,242 @@
+"""Room that is offered, orders that are taken, layers that are held: with a store and engines of the tests'."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+import node.shards.hosting as hosting_module
+from cargos.catalogue import CargoEntry
+from cargos.errors import CargoError
+from cargos.resolve import resolve_cargo
+from cargos.runtimes.base import RuntimeFailed
+from node.config import EngineSettings, ShardSettings
+from node.identity import new_identity
+from node.p2p import open_host
+from node.p2p.host import plain_errors
+from node.rpc import Refused
+from node.shards.hosting import ShardHost, share_out, whole_mib, words_of
+from node.shards.kept import FILE_NAME, read_kept
+from node.shards.ring import open_ring
+from protocol.adverts import ShardRange
+from protocol.ring import HoldShard, ShardHeld
+
+SETTINGS = ShardSettings(memory_mib=150, slots=2, context_length=512)
+BOSS, OTHER, STRANGER = (new_identity().peer for _ in range(3))
+
+
+@pytest.fixture(scope="module")
+def entry() -> CargoEntry:
+    return resolve_cargo("smollm2-135m-f16")
+
+
+class Engine:
+    """Opens stages; `fail` is raised by the next ones, `loaded` holds them back."""
+
+    def __init__(self, make_stage: Any) -> None:
+        self.make_stage = make_stage
+        self.specs: list[Any] = []
+        self.open = 0
+        self.fail = ""
+        self.loaded = trio.Event()
+        self.loaded.set()
+
+    @asynccontextmanager
+    async def __call__(self, spec: Any, on_event: Any) -> AsyncGenerator[Any]:
+        self.specs.append(spec)
+        self.open += 1
+        try:
+            stage = self.make_stage(spec.first, spec.last, spec.layers, on_event)
+            stage.ready = self._ready
+            with plain_errors():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(stage.run)
+                    yield stage
+                    nursery.cancel_scope.cancel()
+        finally:
+            self.open -= 1
+
+    async def _ready(self) -> None:
+        await self.loaded.wait()
+        if self.fail:
+            raise RuntimeFailed(self.fail)
+
+
+class Store:
+    def __init__(self) -> None:
+        self.fail = ""
+
+    async def ensure(self, manifest: Any, first: int, last: int, **_: Any) -> Path:
+        await trio.lowlevel.checkpoint()
+        if self.fail:
+            raise CargoError(self.fail)
+        return Path(f"/{manifest.name}/{first}-{last}")
+
+
+class Island:
+    def __init__(self, host: ShardHost, engine: Engine, store: Store, ring: Any, digest: str) -> None:
+        self.host = host
+        self.engine = engine
+        self.store = store
+        self.ring = ring
+        self.digest = digest
+
+    @property
+    def shard(self) -> Any:
+        return self.host.shards[self.digest]
+
+    async def order(self, first: int, last: int, peer: str = BOSS) -> tuple[int, int]:
+        held = await self.host.hold(peer, HoldShard(self.digest, first, last))  # type: ignore[arg-type]
+        assert isinstance(held, ShardHeld)
+        return held.first, held.last
+
+
+@pytest.fixture
+def island(entry: CargoEntry, tmp_path: Path, make_stage: Any):
+    @asynccontextmanager
+    async def make(settings: ShardSettings = SETTINGS) -> AsyncGenerator[Island]:
+        identity = new_identity()
+        async with (
+            open_host(identity) as host,
+            open_ring(host, identity.signer, unix_offset_ns=10**18) as ring,
+            trio.open_nursery() as nursery,
+        ):
+            engine, store = Engine(make_stage), Store()
+            shards = ShardHost(
+                ring,
+                store,
+                engine,
+                settings=settings,
+                engine=EngineSettings(threads=3),
+                data_dir=tmp_path,
+                coordinators=lambda: (BOSS, OTHER),
+                changed=lambda: None,
+                room_mib=settings.memory_mib,
+            )
+            shards.offer(entry)
+            await nursery.start(shards.run)
+            yield Island(shards, engine, store, ring, entry.digest)
+            nursery.cancel_scope.cancel()
+
+    return make
+
+
+def test_what_fits_is_run_whole(entry: CargoEntry) -> None:
+    small = resolve_cargo("smollm2-135m")
+    roomy = ShardSettings(memory_mib=1000, slots=2, context_length=512)
+    assert share_out([entry, small], ShardSettings()) == ([entry, small], [], 0)
+    assert share_out([entry], ShardSettings(memory_mib=150, enabled=False))[0] == [entry]
+    whole, shared, left = share_out([small, entry], roomy)
+    assert (whole, shared) == ([small, entry], [])
+    assert left == 1000 - whole_mib(small.manifest, roomy) - whole_mib(entry.manifest, roomy)
+    tight = msgspec.structs.replace(roomy, memory_mib=whole_mib(entry.manifest, roomy) - 1)
+    assert share_out([entry], tight) == ([], [entry], tight.memory_mib)
+
+
+async def test_room_becomes_layers_and_survives_a_restart(island, until, tmp_path: Path) -> None:
+    async with island() as one:
+        assert one.host.range_of(one.shard) == ShardRange(0, 0, 30, 150)
+        assert one.shard.words == "room for layers of 30"
+        assert await one.order(20, 30) == (20, 30)
+        await until(lambda: one.shard.state == "ready")
+        (spec,) = one.engine.specs
+        assert (spec.first, spec.last, spec.layers, spec.is_head) == (20, 30, 30, True)
+        assert (spec.slots, spec.context_length, spec.threads) == (2, 512, 3)
+        assert spec.system_prompt
+        told = one.host.range_of(one.shard)
+        assert (told.first, told.last, told.layer_ns, told.prefill_layer_ns, told.vocabulary_ns) == (
+            20,
+            30,
+            1000,
+            100,
+            500,
+        )
+        held = one.ring.held(one.digest)
+        assert (held.first, held.last) == (20, 30)
+    assert one.engine.open == 0
+    async with island() as again:
+        await until(lambda: again.shard.state == "ready")
+        assert (again.shard.first, again.shard.last, again.shard.owner) == (20, 30, BOSS)
+        assert await again.order(5, 5) == (0, 0)
+        await until(lambda: again.shard.state == "room" and not again.engine.open)
+        assert again.ring.held(again.digest) is None
+    assert read_kept(tmp_path) == {}
+    (tmp_path / FILE_NAME).write_text('{"x": {"first": -1}}')
+    async with island() as damaged:
+        assert damaged.shard.state == "room"
+
+
+async def test_who_may_order_and_what(island) -> None:
+    async with island() as one:
+        with pytest.raises(Refused, match="coordinators"):
+            await one.order(0, 5, STRANGER)
+        with pytest.raises(Refused, match="30 layers"):
+            await one.order(0, 31)
+        with pytest.raises(Refused, match="30 layers"):
+            await one.order(7, 5)
+        with pytest.raises(Refused, match="room for 150 MiB"):
+            await one.order(0, 29)
+        with pytest.raises(Refused, match="no room"):
+            await one.host.hold(BOSS, HoldShard("sha256:" + "0" * 64, 0, 5))
+        assert not one.engine.specs
+
+
+async def test_the_first_order_counts(island, until, monkeypatch) -> None:
+    async with island() as one:
+        one.engine.loaded = trio.Event()
+        assert await one.order(0, 10) == (0, 10)
+        await until(lambda: one.shard.state == "loading")
+        assert await one.order(10, 20, OTHER) == (0, 10)  # being loaded for somebody else
+        assert await one.order(0, 10, OTHER) == (0, 10)
+        assert await one.order(10, 20) == (10, 20)  # who ordered it may think again
+        await until(lambda: one.shard.first == 10 and one.shard.state == "loading")
+        one.engine.loaded.set()
+        await until(lambda: one.shard.state == "ready")
+        one.shard.used_at = trio.current_time()
+        assert await one.order(0, 10, OTHER) == (10, 20)  # in use a moment ago
+        monkeypatch.setattr(hosting_module, "USED_S", -1.0)
+        assert await one.order(0, 10, OTHER) == (0, 10)
+        await until(lambda: one.shard.state == "ready" and one.shard.first == 0)
+        assert one.engine.open == 1
+        assert one.shard.owner == OTHER
+
+
+async def test_sessions_end_before_layers_go(island, until) -> None:
+    async with island() as one:
+        await one.order(0, 10)
+        await until(lambda: one.shard.state == "ready")
+        one.ring._engine_of["s" * 32] = one.digest  # noqa: SLF001 - as if a session ran
+        assert await one.order(10, 20) == (10, 20)
+        await until(lambda: one.shard.first == 10)
+        assert one.ring.held(one.digest).first == 0
+        assert one.engine.open == 1
+        del one.ring._engine_of["s" * 32]  # noqa: SLF001
+        await until(lambda: one.shard.state == "ready" and one.ring.held(one.digest).first == 10)
+
+
+async def test_what_fails_is_told_and_can_be_ordered_again(island, until) -> None:
+    async with island() as one:
+        one.store.fail = "no source could deliver it"
+        await one.order(0, 10)
+        await until(lambda: one.shard.state == "failed")
+        assert one.shard.detail == "no source could deliver it"
+        one.store.fail = ""
+        one.engine.fail = "its worker died too often"
+        await one.order(0, 10, OTHER)
+        await until(lambda: one.shard.detail == "its worker died too often")
+        assert one.ring.held(one.digest) is None
+        one.engine.fail = ""
+        await one.order(0, 10)
+        await until(lambda: one.shard.state == "ready")
+
+
+def test_words() -> None:
+    assert words_of(0, 10, 30) == "layers 0-9 of 30"
+    assert words_of(29, 30, 30) == "layer 29 of 30"
+    assert words_of(0, 0, 30) == "room for layers of 30"
