@@ -61,7 +61,7 @@ class FetchLimits:
     search_s: float = 10.0
     """Who has the file is asked this often while there is room for more peers."""
 
-    ask_again_s: float = 5.0
+    ask_again_s: float = 2.0
     """Peers that had nothing of what is wanted are asked this often whether they have it by now."""
 
     again_s: float = 1.0
@@ -73,7 +73,7 @@ class FetchLimits:
     patience_s: float = 60.0
     """Without a single new piece for so long a fetch from peers ends; the origin may have what they do not."""
 
-    idle_s: float = 15.0
+    idle_s: float = 5.0
     """So does one that has peers, none of which has had anything to give for so long."""
 
     ban_s: float = 3600.0
