@@ -6,6 +6,7 @@ Each command imports what it needs itself: every `archi-node` command loads this
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import signal
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cargos.errors import CargoError, UnknownCargo
+from cargos.shards import commands as shards
 from protocol.limits import MIB
 
 if TYPE_CHECKING:
@@ -42,9 +44,17 @@ def register(subparsers: Subparsers) -> None:
     shared.add_argument("--cache", type=Path, default=None, help="the store's folder (default: ARCHI_CACHE)")
     named = "a name, name@version, digest, or the path of a manifest file"
 
-    def add(name: str, handler: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        parser = commands.add_parser(name, help=text, parents=[shared])
-        parser.set_defaults(handler=handler)
+    def add(
+        name: str, handler: Callable[[argparse.Namespace], int], text: str, description: str | None = None
+    ) -> argparse.ArgumentParser:
+        parser = commands.add_parser(
+            name,
+            help=text,
+            description=description or text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[shared],
+        )
+        parser.set_defaults(handler=functools.partial(_handle, handler))
         return parser
 
     add("list", list_cargos, "the Cargos that ship with archipelag, and those fetched")
@@ -57,6 +67,11 @@ def register(subparsers: Subparsers) -> None:
     digest = add("digest", digest_manifest, "the digest of a manifest file")
     digest.add_argument("manifest", type=Path, help="a .toml or .json file")
     digest.add_argument("--canonical", action="store_true", help="print the canonical bytes instead")
+    shards.register(add, _find_model)
+
+
+def _handle(handler: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    return _guarded(lambda: handler(arguments))
 
 
 def list_cargos(arguments: argparse.Namespace) -> int:
@@ -111,6 +126,7 @@ def show_cargo(arguments: argparse.Namespace) -> int:
             ("context", f"{manifest.context_length} tokens" if manifest.context_length else "-"),
             ("needs", f"{needs.memory_mib} MiB memory, {needs.cpu_cores} core(s), {gpu}"),
             ("capabilities", ", ".join(manifest.capabilities) or "-"),
+            ("in a chain", _chain_words(manifest)),
         ):
             out.print(f"  {label:<13}{value}")
         for file in manifest.files:
@@ -121,6 +137,13 @@ def show_cargo(arguments: argparse.Namespace) -> int:
         return 0
 
     return _guarded(work)
+
+
+def _chain_words(manifest: Manifest) -> str:
+    sharding = manifest.sharding
+    if sharding is None:
+        return "no (the manifest does not say how its layers can be spread)"
+    return f"yes: {sharding.layers} layers ('archi-node cargo inspect {manifest.name}' says what Islands need)"
 
 
 def fetch_cargos(arguments: argparse.Namespace) -> int:
@@ -150,10 +173,14 @@ def verify_cargos(arguments: argparse.Namespace) -> int:
 def remove_cargo(arguments: argparse.Namespace) -> int:
     import trio
 
+    from cargos.shards.store import ShardStore
+
     def work() -> int:
         store = _store(arguments)
         entry = _resolve(arguments.cargo, store)
-        freed = trio.run(store.remove, entry.digest)
+        freed = trio.run(ShardStore(store).forget, entry.manifest)
+        if not freed or any(cargo.digest == entry.digest for cargo in store.list()):
+            freed += trio.run(store.remove, entry.digest)
         if arguments.json:
             _print_json({"digest": entry.digest, "freed_bytes": freed})
         else:
@@ -280,6 +307,32 @@ def _resolve(reference: str, store: CargoStore) -> CargoEntry:
 def _resolve_all(arguments: argparse.Namespace) -> list[CargoEntry]:
     store = _store(arguments)
     return [_resolve(reference, store) for reference in arguments.cargo]
+
+
+def _find_model(reference: str, needed: bool, arguments: argparse.Namespace) -> shards.Target:  # noqa: FBT001 - as `shards.Find` has it
+    """The model file that is meant: a path to a GGUF, or a Cargo's, fetched if it is needed."""
+    if reference.endswith(".gguf"):
+        path = Path(reference)
+        return shards.Target(path.stem, path)
+    store = _store(arguments)
+    entry = _resolve(reference, store)
+    file = entry.manifest.file_with_role("model")
+    if file is None or not file.name.endswith(".gguf"):
+        raise CargoError(f"{entry.manifest.name} has no GGUF model", "Only those have layers that we can cut.")
+    path = store.verified_path(file)
+    if path is None and needed:
+        _run(_fetch_quietly, arguments, [entry], False)
+        path = store.verified_path(file)
+    return shards.Target(entry.manifest.name, path, entry.manifest.sharding)
+
+
+async def _fetch_quietly(arguments: argparse.Namespace, entries: Sequence[CargoEntry], verify: bool) -> int:  # noqa: FBT001 - as above
+    from cargos.cli_progress import show_progress
+
+    with show_progress() as progress:
+        for entry in entries:
+            await _store(arguments).ensure(entry.manifest, base=entry.base, progress=progress, verify=verify)
+    return 0
 
 
 def _describe(manifest: Manifest, present: bool) -> dict[str, Any]:  # noqa: FBT001 - a field of the row

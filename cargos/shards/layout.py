@@ -349,3 +349,32 @@ def _renamed(tensor: Tensor, name: str) -> NewTensor:
 
 def _size(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.size_bytes for tensor in tensors)
+
+
+def balanced_stages(sharding: Sharding, stages: int) -> tuple[tuple[int, int], ...]:
+    """Layers in ranges so that the stage that holds most holds as little as possible, ends included; among
+    those, the evenest.
+
+    Raises CanNotCut if there are fewer layers than stages.
+    """
+    layers = sharding.layers
+    stages_of(layers, stages)  # for its complaint
+    sums = list(itertools.accumulate(sharding.layer_bytes, initial=0))
+
+    def size(first: int, last: int) -> int:
+        ends = (sharding.embedding_bytes if first == 0 else 0) + (sharding.head_bytes if last == layers else 0)
+        return sums[last] - sums[first] + ends
+
+    # Of layers below `last` in the stages so far: the largest stage, the sum of squares, where each begins.
+    best = {last: (size(0, last), size(0, last) ** 2, [0]) for last in range(1, layers + 1)}
+    for stage in range(2, stages + 1):
+        best = {
+            last: min(
+                (max(most, size(first, last)), squares + size(first, last) ** 2, [*starts, first])
+                for first, (most, squares, starts) in best.items()
+                if first < last
+            )
+            for last in range(stage, layers + 1)
+        }
+    _, _, starts = best[layers]
+    return tuple(zip(starts, [*starts[1:], layers], strict=True))

@@ -27,7 +27,7 @@ from cargos.shards.architectures import CanNotCut
 from cargos.shards.cut import read_header, write_slice
 from cargos.shards.gguf import Header, Incomplete, parse_header_untrusted
 from cargos.shards.layout import Model, model_of, ranges_of, slice_of
-from cargos.shards.pieces import PieceFile, pieces_of_ranges
+from cargos.shards.pieces import PieceFile, pieces_of_ranges, remove_pieces
 from cargos.sources.ranges import fetch_list, fetch_pieces
 from cargos.store import SPACE_MARGIN_BYTES, CargoStore, PieceFetcher, lies_here
 from protocol.limits import MIB
@@ -99,6 +99,19 @@ class ShardStore:
     def path(self, file: CargoFile, first: int, last: int) -> Path:
         """Where the slice is, if it is there."""
         return self._folder / f"{file.sha256}.{first}-{last}.v{CUT_VERSION}.gguf"
+
+    async def forget(self, manifest: Manifest) -> int:
+        """Delete all slices of the Cargo, and the pieces of its files unless somebody is fetching some.
+
+        Returns the bytes freed. Raises StoreUnusable.
+        """
+        freed = await trio.to_thread.run_sync(self.remove, manifest)
+        for file in manifest.files:
+            if file.pieces and (self._store.root / "pieces" / f"{file.sha256}.data").exists():
+                with suppress(_Busy):
+                    async with PieceFile.held(self._store.root, file, _refuse):
+                        freed += await trio.to_thread.run_sync(remove_pieces, self._store.root, file)
+        return freed
 
     def remove(self, manifest: Manifest, keep: tuple[int, int] | None = None) -> int:
         """Delete the Cargo's slices, but the one of layers `keep`. Returns the bytes freed. Blocking.
@@ -302,6 +315,14 @@ def _note(path: Path) -> None:
         new = note.with_suffix(".ok.new")
         new.write_bytes(msgspec.json.encode(_seen(path)))
         new.replace(note)
+
+
+class _Busy(CargoError):
+    """Another process holds it."""
+
+
+def _refuse() -> None:
+    raise _Busy("another process is fetching pieces of it")
 
 
 def _ignore(_: FetchProgress) -> None:

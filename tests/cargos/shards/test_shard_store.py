@@ -1,6 +1,5 @@
-"""Slices in the store: of the whole file, of pieces from peers, of ranges from a server, and what goes wrong."""
+"""Slices in the store: of the whole file, of pieces from peers, of ranges from a server; and faults."""
 
-import hashlib
 from collections import Counter
 
 import msgspec
@@ -13,7 +12,7 @@ from cargos.manifest import CargoFile, Licence, Manifest, Needs, RuntimeType
 from cargos.shards.architectures import CanNotCut
 from cargos.shards.cut import cut, read_header, read_model
 from cargos.shards.layout import ranges_of, sharding_of
-from cargos.shards.pieces import PieceFile, hash_pieces, list_sha256, pieces_of_ranges
+from cargos.shards.pieces import hash_pieces, list_sha256, pieces_of_ranges
 from cargos.shards.store import ShardStore
 from cargos.sources import FetchSettings
 from cargos.store import CargoStore

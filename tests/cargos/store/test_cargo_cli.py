@@ -16,6 +16,7 @@ from cargos import cli
 from cargos.cli_progress import show_progress
 from cargos.manifest import CANONICAL_DOMAIN, canonical_json
 from cargos.progress import FetchProgress
+from cargos.resolve import builtin_catalogue
 
 MAIN = "import argparse, sys; from cargos import cli; p = argparse.ArgumentParser(); "
 MAIN += "cli.register(p.add_subparsers()); a = p.parse_args(); sys.exit(a.handler(a))"
@@ -58,7 +59,8 @@ def test_fetch_list_show_verify_remove(archi, shelf, blob, tmp_path):
     assert rows["mine"]["digest"] == manifest.digest
     assert rows["smollm2-135m"]["fetched"] is False
     _, out, _ = archi("list")
-    assert [line.split()[0] for line in out.splitlines()] == ["NAME", "smollm2-135m", "mine"]
+    shipped = [entry.manifest.name for entry in builtin_catalogue()]
+    assert [line.split()[0] for line in out.splitlines()] == ["NAME", *shipped, "mine"]
     _, out, _ = archi("show", "mine")
     assert manifest.digest in out
     assert "Apache-2.0" in out
