@@ -102,7 +102,10 @@ def _scales_untrusted(table: NDArray[np.uint8]) -> Rows:
 
 def _pack(*fields: NDArray[Any]) -> bytes:
     rows = len(fields[0])
-    parts = [np.ascontiguousarray(field).view(np.uint8).reshape(rows, -1) for field in fields]
+    parts = [
+        np.ascontiguousarray(field).view(np.uint8).reshape(rows, field.shape[1] * field.itemsize)
+        for field in fields
+    ]
     return np.concatenate(parts, axis=1).tobytes()
 
 
@@ -120,7 +123,7 @@ def _encode_q8x(rows: Rows) -> bytes:
     rest = np.zeros((count, _blocks(width) * BLOCK), np.float32)
     rest[:, :width] = rows
     np.put_along_axis(rest, place, 0, axis=1)
-    blocks = rest.reshape(count, -1, BLOCK)
+    blocks = rest.reshape(count, _blocks(width), BLOCK)
     step = np.abs(blocks).max(axis=2) / np.float32(127)
     scale = _row_scales(step.max(axis=1))
     half = (step / scale[:, None]).astype("<f2")
@@ -130,7 +133,7 @@ def _encode_q8x(rows: Rows) -> bytes:
     return _pack(
         scale.astype("<f4")[:, None],
         half,
-        numbers.reshape(count, -1),
+        numbers.reshape(count, rest.shape[1]),
         place.astype("<u2"),
         exact.astype("<f4"),
     )
@@ -149,7 +152,8 @@ def _decode_q8x_untrusted(table: NDArray[np.uint8], width: int) -> Rows:
         raise ProtocolError(Fault.MALFORMED, "an exact value outside its row")
     if not np.isfinite(step).all():
         raise ProtocolError(Fault.MALFORMED, "a block's scale that is no finite number")
-    padded = (numbers.reshape(len(table), blocks, BLOCK) * step[:, :, None]).reshape(len(table), -1)
+    grouped = numbers.reshape(len(table), blocks, BLOCK) * step[:, :, None]
+    padded = grouped.reshape(len(table), blocks * BLOCK)
     values: Rows = np.ascontiguousarray(padded[:, :width], np.float32)
     np.put_along_axis(values, place, exact, axis=1)
     return values

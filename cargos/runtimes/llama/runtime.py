@@ -15,7 +15,7 @@ from typing import Final
 from cargos.runtimes.base import RuntimeFailed, RuntimeLoad, RuntimeSpec
 from cargos.runtimes.llama.jobs import OpenJobs
 from cargos.runtimes.llama.session import LlamaSession
-from cargos.runtimes.llama.supervise import Supervision, Supervisor, kept_running
+from cargos.runtimes.llama.supervise import Kept, Supervision, Supervisor, kept_running
 from cargos.runtimes.llama.wire import (
     LLAMA,
     FromWorker,
@@ -56,7 +56,7 @@ def model_paths(files: dict[str, str]) -> tuple[str, ...]:
     return tuple(files[name] for name in names)
 
 
-class LlamaRuntime:
+class LlamaRuntime(Kept[ToWorker, FromWorker]):
     """Implements `base.Runtime`. Made by `open_llama`."""
 
     def __init__(self, spec: RuntimeSpec, options: LlamaOptions) -> None:
@@ -102,19 +102,6 @@ class LlamaRuntime:
             tokens_total=self._jobs.tokens_total,
             detail=self._supervisor.detail,
         )
-
-    async def ready(self) -> None:
-        """Wait until the model is loaded. Raises RuntimeFailed if it can not be."""
-        await self._supervisor.ready()
-
-    async def supervise(self) -> None:
-        """Keep a worker running until cancelled, or until it died too often."""
-        await self._supervisor.run()
-
-    @property
-    def worker_pid(self) -> int:
-        """Process id of the worker; 0 while there is none."""
-        return self._supervisor.pid
 
     def _submit(self, session: LlamaSession) -> None:
         self._supervisor.send(Submit(session.key, session.work, tuple(session.ids), session.granted))

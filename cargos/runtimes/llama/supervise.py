@@ -162,6 +162,25 @@ class Supervisor(Generic[To, From]):
         self._settled.set()
 
 
+class Kept(Generic[To, From]):
+    """A runtime with a worker that is kept running."""
+
+    _supervisor: Supervisor[To, From]
+
+    async def ready(self) -> None:
+        """Wait until the model is loaded. Raises RuntimeFailed if it can not be."""
+        await self._supervisor.ready()
+
+    async def supervise(self) -> None:
+        """Keep a worker running until cancelled, or until it died too often."""
+        await self._supervisor.run()
+
+    @property
+    def worker_pid(self) -> int:
+        """Process id of the worker; 0 while there is none."""
+        return self._supervisor.pid
+
+
 @asynccontextmanager
 async def kept_running(supervise: Callable[[], Awaitable[None]]) -> AsyncGenerator[None]:
     """`supervise` runs while the context is open. What the user raises in it comes out as it is."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import queue
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
 from cargos.runtimes.llama.engine import Engine
 from cargos.runtimes.llama.patience import Patience
@@ -14,15 +13,14 @@ from cargos.runtimes.llama.workshop import FromIntake, Intake, Output, Workshop,
 _Command: TypeAlias = FromIntake | Grant | Cancel
 
 
-class _Worker(Workshop[ToWorker]):
+class _Worker(Workshop[ToWorker, _Command]):
     def __init__(self, output: Output, load: ToWorker) -> None:
         super().__init__(output)
         if not isinstance(load, Load):
             raise TypeError(f"the first frame must be Load, not {type(load).__name__}")
-        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         model = load_model(load.paths, output)
         preparer = Preparer(model, load.context_length, load.chat_template, load.system_prompt)
-        self._intake = Intake(model, preparer, output, self._inbox.put)
+        self._intake = Intake(model, preparer, output, self.inbox.put)
         self._engine = Engine(model, load)
         self._said: tuple[int, int] = (0, 0)
 
@@ -38,24 +36,17 @@ class _Worker(Workshop[ToWorker]):
         if isinstance(message, Submit):
             self._intake.take(message)
         elif isinstance(message, Grant | Cancel):
-            self._inbox.put(message)
+            self.inbox.put(message)
 
-    def run(self) -> NoReturn:
-        worked = False
-        while True:
-            if not worked:
-                self._handle(self._inbox.get())
-            while not self._inbox.empty():
-                self._handle(self._inbox.get())
-            updates, worked = self._engine.step()
-            counts = (self._engine.active, self._engine.queued + len(self._intake))
-            if updates or counts != self._said:
-                self._said = counts
-                self.output.send(
-                    Step(tuple(updates), *counts, self._engine.decode.tps, self._engine.prefill.tps)
-                )
+    def step(self) -> bool:
+        updates, worked = self._engine.step()
+        counts = (self._engine.active, self._engine.queued + len(self._intake))
+        if updates or counts != self._said:
+            self._said = counts
+            self.output.send(Step(tuple(updates), *counts, self._engine.decode.tps, self._engine.prefill.tps))
+        return worked
 
-    def _handle(self, command: _Command) -> None:
+    def handle(self, command: _Command) -> None:
         match command:
             case Grant():
                 if not self._intake.grant(command.id, command.until):

@@ -21,7 +21,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final, Generic, NoReturn, TypeAlias
+from typing import Final, Generic, NoReturn, TypeAlias, TypeVar
 
 from cargos.runtimes.base import JobRefused
 from cargos.runtimes.llama.native import Model, NativeError
@@ -107,6 +107,7 @@ class Dropped:
     key: int
 
 
+Command = TypeVar("Command")
 FromIntake: TypeAlias = Announced | Dropped | Sequence
 
 
@@ -182,11 +183,15 @@ class Intake:
         return self._expected.pop(key, None) is not None
 
 
-class Workshop(ABC, Generic[To]):
-    """One worker process's work; made with the first frame, when the model has been loaded."""
+class Workshop(ABC, Generic[To, Command]):
+    """One worker process's work; made with the first frame, when the model has been loaded.
+
+    `inbox`: what the engine's thread is to `handle` between steps.
+    """
 
     def __init__(self, output: Output) -> None:
         self.output = output
+        self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
 
     @abstractmethod
     def warm_up(self) -> Message:
@@ -201,9 +206,21 @@ class Workshop(ABC, Generic[To]):
         """A command, in the reader's thread."""
 
     @abstractmethod
+    def handle(self, command: Command) -> None:
+        """A command, in the engine's thread."""
+
+    @abstractmethod
+    def step(self) -> bool:
+        """One step of the engine, and to the parent what came of it. False if there was nothing to do."""
+
     def run(self) -> NoReturn:
-        """The engine."""
-        raise NotImplementedError
+        worked = False
+        while True:
+            if not worked:
+                self.handle(self.inbox.get())
+            while not self.inbox.empty():
+                self.handle(self.inbox.get())
+            worked = self.step()
 
     def start(self, commands: FrameBuffer[To], first: list[To]) -> None:
         ready = self.warm_up()
@@ -255,7 +272,7 @@ def _die(args: threading.ExceptHookArgs) -> None:
     os._exit(EXIT_BUG)  # a worker without one of its threads would hang; the parent restarts it
 
 
-def work(kind: WorkerKind[To, From], make: Callable[[Output, To], Workshop[To]]) -> None:
+def work(kind: WorkerKind[To, From], make: Callable[[Output, To], Workshop[To, Command]]) -> None:
     """The life of a worker process. `make` raises TypeError if the first frame is not what it should be."""
     threading.excepthook = _die
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

@@ -18,6 +18,7 @@ from cargos.runtimes.llama.sampling import BadLogits
 from cargos.runtimes.llama.sequence import Sequence
 from cargos.runtimes.llama.wire import Update
 from cargos.runtimes.shards.draft import Speculation
+from cargos.runtimes.shards.draft_model import DraftModel, ModelDrafter
 from cargos.runtimes.shards.engine import StageEngine, grid_step
 from cargos.runtimes.shards.native import StageContext
 from cargos.runtimes.shards.resident import Resident
@@ -33,7 +34,9 @@ class _Voice:
 
     def __init__(self, job: Job) -> None:
         self.sequence: Sequence | None = None
-        self.speculation = Speculation() if job.drafts and not job.work.deterministic else None
+        self.may_draft = job.drafts and not job.work.deterministic
+        self.speculation: Speculation | None = None
+        self.drafter: ModelDrafter | None = None
         self.asked = 0  # the position after the last row it asked for; 0: it has not asked
         self.drafts: deque[int] = deque()  # asked for behind the tokens, not looked at yet
         self.strayed = False  # a draft was wrong: the rows behind it mean nothing
@@ -64,6 +67,17 @@ class HeadEngine(StageEngine):
         self.asks: list[Ask] = []
         self.updates: list[Update] = []
         self.patience: Final = Patience()
+        self._draft_model = (
+            DraftModel(
+                stage.draft_path,
+                model,
+                sequences=stage.slots,
+                context_length=stage.context_length,
+                threads=stage.threads,
+            )
+            if stage.draft_path
+            else None
+        )
 
     # --- commands -------------------------------------------------------------------------------
 
@@ -84,6 +98,9 @@ class HeadEngine(StageEngine):
             return
         voice.sequence = sequence
         resident.prompt = len(sequence.job.prompt)
+        if voice.may_draft:
+            voice.drafter = self._draft_model.drafter() if self._draft_model is not None else None
+            voice.speculation = Speculation(*([voice.drafter] if voice.drafter is not None else []))
         if sequence.done is not None:
             self._tell(sequence)
             self.close(sequence.key)
@@ -108,24 +125,27 @@ class HeadEngine(StageEngine):
         voice = self._voices.pop(key, None)
         if voice is not None and voice.sequence is not None:
             voice.sequence.close()
+        if voice is not None and voice.drafter is not None:
+            voice.drafter.close()
         if key in self._queue:
             self._queue.remove(key)
         super().close(key)
 
-    @property
-    def queued(self) -> int:
-        return len(self._queue)
+    def shut(self) -> None:
+        if self._draft_model is not None:
+            self._draft_model.close()
+        super().shut()
 
     # --- asking ---------------------------------------------------------------------------------
 
-    def step(self) -> bool:
+    def ask(self) -> None:
+        """Give places to who waits for one, and ask for the rows that are needed next."""
         for key in list(self._queue):
             if self._settle(self._residents[key]):
                 self._queue.remove(key)
         for key, voice in self._voices.items():
             if self._may_ask(key, voice):
                 self._ask(key, voice)
-        return super().step()
 
     def _may_ask(self, key: int, voice: _Voice) -> bool:
         """Whether it is time: at once for a job that has a place, later when a token was made and more are

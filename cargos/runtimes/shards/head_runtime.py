@@ -49,9 +49,8 @@ class ShardHead(ShardStage):
         granted: int,
         trip_ns: Callable[[], int],
     ) -> AsyncGenerator[LlamaSession]:
-        """As `base.HeadRuntime.submit`. Raises ValueError if the session is open already."""
-        if session in self._keys:
-            raise ValueError(f"session {session} is open already")
+        """As `base.HeadRuntime.submit`. If the session is open already, it is this newer one's from now on."""
+        self._forget(session)
         failed = self._supervisor.detail if self._supervisor.state == "failed" else ""
         key = self._name(session)
         self._dtypes[key] = dtype

@@ -12,7 +12,7 @@ import trio
 
 from cargos.runtimes.base import RuntimeFailed
 from cargos.runtimes.llama.runtime import LlamaOptions
-from cargos.runtimes.llama.supervise import Supervisor, kept_running
+from cargos.runtimes.llama.supervise import Kept, Supervisor, kept_running
 from cargos.runtimes.llama.wire import Cancel, LoadFailed, Loading
 from cargos.runtimes.shards.base import Computed, Lost, OnEvent, Refused, StageLoad, StageSpec, Wanted
 from cargos.runtimes.shards.wire import (
@@ -64,7 +64,7 @@ class _Request:
     error: str = ""
 
 
-class ShardStage:
+class ShardStage(Kept[ToShard, FromShard]):
     """Implements `base.StageRuntime`. Made by `open_stage`."""
 
     def __init__(self, spec: StageSpec, on_event: OnEvent, options: ShardOptions) -> None:
@@ -131,18 +131,6 @@ class ShardStage:
             width=self._width,
             detail=self._supervisor.detail,
         )
-
-    async def ready(self) -> None:
-        await self._supervisor.ready()
-
-    async def supervise(self) -> None:
-        """Keep a worker running until cancelled, or until it died too often."""
-        await self._supervisor.run()
-
-    @property
-    def worker_pid(self) -> int:
-        """Process id of the worker; 0 while there is none."""
-        return self._supervisor.pid
 
     async def export(self, session: str) -> SessionMemory:
         """What the stage has in memory of a session, for `import_memory` of a stage with the same slice.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import queue
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
 from cargos.runtimes.llama.native import NativeError
 from cargos.runtimes.llama.patience import Patience
@@ -37,14 +36,14 @@ from cargos.runtimes.shards.wire import (
 )
 
 _Told: TypeAlias = Open | Job | Feed | Grant | Cancel | Export | MemoryPart
+_Command: TypeAlias = _Told | FromIntake
 
 
-class _Worker(Workshop[ToShard]):
+class _Worker(Workshop[ToShard, _Command]):
     def __init__(self, output: Output, load: ToShard) -> None:
         super().__init__(output)
         if not isinstance(load, Stage):
             raise TypeError(f"the first frame must be Stage, not {type(load).__name__}")
-        self._inbox: queue.SimpleQueue[_Told | FromIntake] = queue.SimpleQueue()
         model = load_model((load.path,), output)
         self._head: HeadEngine | None = None
         self._intake: Intake | None = None
@@ -54,7 +53,7 @@ class _Worker(Workshop[ToShard]):
             self._engine: StageEngine = HeadEngine(model, load)
             self._head = self._engine
             preparer = Preparer(model, load.context_length, load.chat_template, load.system_prompt)
-            self._intake = Intake(model, preparer, output, self._inbox.put)
+            self._intake = Intake(model, preparer, output, self.inbox.put)
         else:
             self._engine = StageEngine(model, load)
         self._heard = 0
@@ -74,19 +73,21 @@ class _Worker(Workshop[ToShard]):
     def dispatch(self, message: ToShard) -> None:
         if isinstance(message, Stage):
             return
-        self._inbox.put(message)
+        self.inbox.put(message)
         if isinstance(message, Job) and self._intake is not None:
             self._intake.take(message)
 
-    def run(self) -> NoReturn:
-        worked = False
-        while True:
-            if not worked:
-                self._handle(self._inbox.get())
-            while not self._inbox.empty():
-                self._handle(self._inbox.get())
-            worked = self._engine.step()
-            self._say(idle=not worked)
+    def step(self) -> bool:
+        head = self._head
+        if head is not None:
+            head.ask()
+            if head.asks:  # the ring should not wait for what is computed here meanwhile
+                self._say(idle=False)
+        worked = self._engine.step()
+        if head is not None:
+            head.ask()
+        self._say(idle=not worked)
+        return worked
 
     def _say(self, *, idle: bool) -> None:
         engine, head = self._engine, self._head
@@ -103,7 +104,7 @@ class _Worker(Workshop[ToShard]):
             StageStep(self._heard, idle, engine.active, engine.meter.pace, done, asks, faults, updates)
         )
 
-    def _handle(self, command: _Told | FromIntake) -> None:
+    def handle(self, command: _Command) -> None:
         if isinstance(command, Open | Job | Feed | Grant | Cancel | Export | MemoryPart):
             self._heard += 1
             self._obey(command)
