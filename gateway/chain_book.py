@@ -38,7 +38,6 @@ from routing.chains.costs import measured_layer_ns
 from routing.chains.offers import held_ranges, holders_of, rooms_of
 from routing.chains.plan import (
     Allocation,
-    Assigned,
     Holder,
     ModelShape,
     NoAllocation,
@@ -104,11 +103,18 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Who holds which layers, for people: (peer, first, last), the head last; `spares` likewise."""
+    """Who holds which layers, for people: (peer, first, last), the head last. `spares`: all others that hold
+    some or were asked to.
+    """
 
     layers: int
     stages: tuple[tuple[PeerId, int, int], ...]
     spares: tuple[tuple[PeerId, int, int], ...]
+
+    @property
+    def everybody(self) -> frozenset[tuple[PeerId, int, int]]:
+        """Whoever of two equal ones counts as the spare."""
+        return frozenset((*self.stages, *self.spares))
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,7 +422,7 @@ class ChainBook:
             cargo.progress = NotYet(0, sharding.layers) if waiting else None
             return Stepped(wake=wake)
         cargo.shortage, cargo.token_ns = None, found.cost.token_ns
-        cargo.layout = _layout(found, sharding.layers)
+        cargo.layout = _layout(found, held, sharding.layers)
         there = [s for s in found.stages if (s.peer, s.first, s.last) in loaded]
         cargo.ready = len(there) == len(found.stages)
         done = sum(stage.last - stage.first for stage in there)
@@ -546,11 +552,12 @@ def _room_bytes(offered: OfferedCargo) -> int:
     return 0 if offered.shard is None else offered.shard.room_mib << 20
 
 
-def _layout(found: Allocation[PeerId], layers: int) -> Layout:
-    def rows(each: Iterable[Assigned[PeerId]]) -> tuple[tuple[PeerId, int, int], ...]:
-        return tuple((one.peer, one.first, one.last) for one in each)
-
-    return Layout(layers, rows(found.stages), rows(found.spares))
+def _layout(found: Allocation[PeerId], held: Sequence[Holder[PeerId]], layers: int) -> Layout:
+    stages = tuple((one.peer, one.first, one.last) for one in found.stages)
+    standing = {stage.peer for stage in found.stages}
+    others = {(h.peer, h.first, h.last) for h in held if h.peer not in standing}
+    others |= {(one.peer, one.first, one.last) for one in found.spares}
+    return Layout(layers, stages, tuple(sorted(others, key=lambda row: (row[1], row[2], row[0]))))
 
 
 def _with_few_addresses(holder: Holder[PeerId]) -> Holder[PeerId]:

@@ -91,7 +91,8 @@ class ChainKeeper:
         self._news = trio.Event()
         self._learning: set[str] = set()
         self._ignorant: dict[str, float] = {}
-        self._told: dict[str, Layout | Shortage | None] = {}
+        self._told: dict[str, object] = {}
+        self._names: OrderedDict[PeerId, str] = OrderedDict()
         self._losses: OrderedDict[PeerId, Instant] = OrderedDict()
         known.chains = self.book.ready_tps
         peers.subscribe(self._on_peer)
@@ -104,12 +105,15 @@ class ChainKeeper:
         """See `ChainBook.place`."""
         return self.book.place(now, cargo, work, ask)
 
-    def stages_of(self, chain: Chain | None) -> tuple[StageInfo, ...]:
-        """For people."""
-        stages = () if chain is None else chain.stages
+    def stages_of(self, chain: Chain | None, seen: Iterable[StageSeen] = ()) -> tuple[StageInfo, ...]:
+        """For people. `seen`: who stood in it by its head's account; the last one at a place did at the end."""
+        if chain is None:
+            return ()
+        stood = {stage.index: stage.peer for stage in seen if not stage.failed}
+        peers = [PeerId(stood.get(n, stage.holder.peer)) for n, stage in enumerate(chain.stages)]
         return tuple(
-            StageInfo(self._known.name_of(PeerId(s.holder.peer)), PeerId(s.holder.peer), s.first, s.last)
-            for s in stages
+            StageInfo(self._name(peer), peer, stage.first, stage.last)
+            for peer, stage in zip(peers, chain.stages, strict=True)
         )
 
     def measured(self, cargo: CargoDigest, stages: Iterable[StageSeen]) -> None:
@@ -122,6 +126,17 @@ class ChainKeeper:
         for stage in stages:
             if stage.failed:
                 self._nursery.start_soon(self._try, PeerId(stage.peer), since)
+
+    def _name(self, peer: PeerId) -> str:
+        """Also of one that stood in a chain and is gone."""
+        name = self._known.name_of(peer)
+        if self._known.islands.get(peer) is None:
+            return self._names.get(peer, name)
+        self._names[peer] = name
+        self._names.move_to_end(peer)
+        if len(self._names) > MAX_LOSSES:
+            self._names.popitem(last=False)
+        return name
 
     # --- forming chains -----------------------------------------------------------------------------
 
@@ -180,9 +195,10 @@ class ChainKeeper:
         layout, shortage = self.book.layout(digest), self.book.shortage(digest)
         complete = self.book.ready_tps(digest) is not None
         what = layout if complete else shortage
-        if what == self._told.get(digest) or (what is None and digest not in self._told):
+        told: object = what.everybody if isinstance(what, Layout) else what
+        if told == self._told.get(digest) or (told is None and digest not in self._told):
             return
-        self._told[digest] = what
+        self._told[digest] = told
         info = self._known.model(digest)
         name = digest if info is None else info.id
         if isinstance(what, Shortage):
@@ -202,8 +218,8 @@ class ChainKeeper:
                 "chain ready",
                 cargo=name,
                 layers=what.layers,
-                stages=[[self._known.name_of(peer), first, last] for peer, first, last in what.stages],
-                spares=[[self._known.name_of(peer), first, last] for peer, first, last in what.spares],
+                stages=[[self._name(peer), first, last] for peer, first, last in what.stages],
+                spares=[[self._name(peer), first, last] for peer, first, last in what.spares],
             )
 
     # --- manifests ----------------------------------------------------------------------------------
@@ -253,7 +269,7 @@ class ChainKeeper:
             return  # nothing is seen here of what its head says
         self._known.islands.suspect(self._now(), peer)
         self._work.failed(peer, timeout=False)
-        _log.warning("stage failed", island=self._known.name_of(peer))
+        _log.warning("stage failed", island=self._name(peer))
 
     async def _answers(self, peer: PeerId) -> bool:
         """Whether it lives: any answer shows it."""

@@ -319,6 +319,8 @@ class MeshJob:
                 self._chain = self._placed.chain
                 if not self._placed.hand_over:
                     self._placed_at = self._mesh.now()
+                if self._chain is not None:
+                    self._show_placed()  # nobody waits in a chain
             case JobPreparing(stage, done, total):
                 if stage != "loading":
                     self._show_placed()
@@ -383,7 +385,8 @@ class MeshJob:
         finish = cast("Literal['stop', 'length']", event.finish)  # the supervisor admits no other
         name = self._mesh.name_of(event.peer)
         lost = sum(stage.failed for stage in stages)
-        self._put(Completed(finish, event.tail, usage, event.hand_overs, name, lost))
+        final = self._mesh.chains.stages_of(chain, stages)
+        self._put(Completed(finish, event.tail, usage, event.hand_overs, name, final, lost))
 
     def _accuse(self, stages: Sequence[StageSeen]) -> None:
         """Each stage at most once for this job, however often its heads name it."""

@@ -82,7 +82,7 @@ class Released:
 class Completed:
     """The end. `tail` is text still to be shown. Usage is that of the last attempt, whose
     `completion_tokens` counts the whole job. `prefill_ns`/`decode_ns` in it are the last Island's.
-    `stages_lost`: Islands that were replaced in the chain on the way.
+    `stages`: of a chain, those that stood in it at the end; `stages_lost`: how many were replaced on the way.
     """
 
     finish: Literal["stop", "length"]
@@ -90,6 +90,7 @@ class Completed:
     usage: Usage
     hand_overs: int
     island: str
+    stages: tuple[StageInfo, ...] = ()
     stages_lost: int = 0
 
 

@@ -208,10 +208,11 @@ def usage_of(plan: Plan, runs: Sequence[ChoiceRun]) -> dict[str, Any]:
     if first.placed is not None:
         own["rtt_ms"] = round(first.placed.rtt_ns / 1e6, 2)
         own["queue_ms"] = round(first.placed.queue_ns / 1e6, 2)
-        if first.placed.stages:
+        stages = (first.completed.stages if first.completed else ()) or first.placed.stages
+        if stages:
             own["stages"] = [
                 {"island": stage.island, "first_layer": stage.first, "last_layer": stage.last - 1}
-                for stage in first.placed.stages
+                for stage in stages
             ]
             own["stages_lost"] = sum(each.stages_lost for each in done)
     return {

@@ -469,6 +469,7 @@ async def test_a_stage_replaced_on_the_way_is_told_and_its_spare_earns(net) -> N
         assert ids(events) == WHOLE
         assert isinstance(events[-1], Completed)
         assert events[-1].stages_lost == 1
+        assert events[-1].stages[1].peer == spares[0]
         karma = here.karma()
         assert karma[spares[0]][0] > 0
         assert middle.peer not in karma, "it lives, whatever the head says, but it signed nothing"
