@@ -33,6 +33,9 @@ class ServeLimits:
     idle_s: float = 60.0
     """A stream on which nothing was asked for so long is closed; fetching peers ask more often than that."""
 
+    yield_s: float = 10.0
+    """Where all places are taken, a stream on which no piece moved for so long makes way for a new one."""
+
     send_s: float = 30.0
     """A frame that the other side does not take within this time ends the stream."""
 

@@ -84,6 +84,7 @@ class ServeCounters:
 
     streams: int = 0
     refused_busy: int = 0
+    evicted: int = 0
     refused_unknown: int = 0
     violations: int = 0
     pieces: int = 0
@@ -109,6 +110,7 @@ class PieceServer:
         self._throttle = Throttle(limits.upload_bytes_per_s)
         self._readers = trio.CapacityLimiter(limits.readers)
         self._open: Counter[PeerId] = Counter()
+        self._served: dict[_Served, None] = {}
 
     @property
     def streams(self) -> int:
@@ -119,7 +121,7 @@ class PieceServer:
         """For `Host.handle(PIECES_PROTOCOL, ..., bulk=True)`."""
         peer, limits = stream.peer, self._limits
         messages: _Out = MessageStream(stream, FROM_HOLDER, TO_HOLDER)
-        if self.streams >= limits.max_streams or self._open[peer] >= limits.max_streams_per_peer:
+        if self._open[peer] >= limits.max_streams_per_peer or not self._find_room():
             self.counters.refused_busy += 1
             await self.send(messages, FileRefused("busy"))
             return
@@ -139,6 +141,17 @@ class PieceServer:
             self._open[peer] -= 1
             if not self._open[peer]:
                 del self._open[peer]
+
+    def _find_room(self) -> bool:
+        """Is there room for one more? A stream that only occupies its place makes way."""
+        if self.streams < self._limits.max_streams:
+            return True
+        idlest = min(self._served, key=lambda served: served.used_at, default=None)
+        if idlest is None or trio.current_time() - idlest.used_at < self._limits.yield_s:
+            return False
+        self.counters.evicted += 1
+        idlest.end()
+        return True
 
     async def _serve(self, messages: _Out) -> None:
         with trio.fail_after(self._limits.hello_s):
@@ -163,16 +176,23 @@ class PieceServer:
             self.counters.refused_unknown += 1
             await self.send(messages, FileRefused("unknown"))
             return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(served.answer)
-            await served.listen()
-            nursery.cancel_scope.cancel()
+        self._served[served] = None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(served.answer)
+                await served.listen()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._served.pop(served, None)
 
     # --- for the streams ----------------------------------------------------------------------------
 
     @property
     def limits(self) -> ServeLimits:
         return self._limits
+
+    def forget(self, served: _Served) -> None:
+        self._served.pop(served, None)
 
     async def send(self, messages: _Out, message: FromHolder, size: int = 0) -> None:
         """In its turn, if there is a bound on the upload. Raises StreamBroken."""
@@ -215,6 +235,12 @@ class _Served:
         self._sending: int | None = None
         self._stop = False  # the one being sent is not wanted any more
         self._asked = trio.lowlevel.ParkingLot()
+        self.used_at = trio.current_time()  # when a piece was last asked for or sent
+
+    def end(self) -> None:
+        """At once; `listen` raises StreamBroken."""
+        self._server.forget(self)
+        self._messages.reset()
 
     async def greet(self) -> bool:
         """Say what is here; False if it is nothing."""
@@ -248,6 +274,7 @@ class _Served:
                     raise ProtocolError(Fault.UNEXPECTED, "a piece beyond the end of the file")
                 self._pieces += 1
                 self._queue.append(message)
+                self.used_at = trio.current_time()
             case HashesWanted() | HoldingsWanted():
                 questions = sum(not isinstance(question, PieceWanted) for question in self._queue)
                 if questions >= self._server.limits.max_questions:
@@ -314,4 +341,5 @@ class _Served:
                     return
                 await server.send(self._messages, PieceData(index, at + begin, data), len(data))
                 server.counters.bytes += len(data)
+                self.used_at = trio.current_time()
         server.counters.pieces += 1

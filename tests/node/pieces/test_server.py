@@ -136,6 +136,27 @@ async def test_streams_are_bounded_per_peer_and_free_again_at_once(
             pass
 
 
+async def test_a_stream_that_only_occupies_its_place_makes_way_for_another(
+    open_swarm, make_whole, memory_source
+) -> None:
+    limits = ServeLimits(max_streams=1)
+    async with open_swarm() as swarm:
+        holder = await swarm.add(memory_source(make_whole(3)), limits)
+        async with talking(swarm, holder) as (idle, _):
+            async with talking(swarm, holder, greeted=False) as (talk, _):
+                assert await talk.receive() == FileRefused("busy"), "it may be about to ask"
+            for served in holder.server._served:
+                served.used_at -= limits.yield_s  # time passes
+            await idle.send(HoldingsWanted())  # is no use of it
+            assert isinstance(await idle.receive(), PiecesHeld)
+            async with talking(swarm, holder) as (talk, _):
+                await talk.send(PieceWanted(0))
+                assert isinstance(await talk.receive(), PieceData)
+                with pytest.raises(StreamBroken):
+                    await exhaust(idle)
+        assert holder.server.counters.evicted == 1
+
+
 async def test_who_says_nothing_or_reads_nothing_is_cut_off(
     open_swarm, make_whole, memory_source, until
 ) -> None:
