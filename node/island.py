@@ -219,6 +219,7 @@ class Island:
                     heads=None if ring is None else ChainHeads(ring, host.peer).job_for,
                 )
                 state = self.state = IslandState(settings, self.identity, host, peers, jobs, overlay)
+                state.pieces = self._pieces
                 host.handle(JOB_PROTOCOL, jobs.handle)
                 serve_identify(host, agent=AGENT)
                 serve_ping(host)

@@ -12,6 +12,7 @@ from cargos.runtimes.base import RuntimeLoad
 
 if TYPE_CHECKING:
     from node.overlay.overlay import Overlay
+    from node.pieces.service import PieceService
     from node.shards.hosting import HostedShard, ShardHost
     from node.state import IslandState
 
@@ -91,6 +92,20 @@ class OverlaySnapshot(msgspec.Struct, frozen=True):
     announced: tuple[str, ...]
 
 
+class PiecesSnapshot(msgspec.Struct, frozen=True):
+    """Files of Cargos between peers, since the start. `files`: of which pieces are here and told to others.
+    `streams`: on which others fetch now. `wrong_pieces`: that others sent us.
+    """
+
+    files: int
+    streams: int
+    given_pieces: int
+    given_bytes: int
+    got_pieces: int
+    got_bytes: int
+    wrong_pieces: int
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """Everything that `archi-node status` shows. Times in seconds, rates in tokens/s."""
 
@@ -106,6 +121,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     overlay: OverlaySnapshot | None = None
     coordinators: tuple[str, ...] = ()
     """Peer ids of those that have this Island's advert."""
+
+    pieces: PiecesSnapshot | None = None
 
 
 def _shards(host: ShardHost) -> tuple[CargoSnapshot, ...]:
@@ -139,6 +156,19 @@ def _shard(digest: str, shard: HostedShard) -> CargoSnapshot:
 
 def overlay_snapshot(overlay: Overlay) -> OverlaySnapshot:
     return msgspec.convert(overlay.view(), OverlaySnapshot, from_attributes=True)
+
+
+def _pieces(service: PieceService) -> PiecesSnapshot:
+    given, got = service.server.counters, service.fetched
+    return PiecesSnapshot(
+        files=len(service.here),
+        streams=service.server.streams,
+        given_pieces=given.pieces,
+        given_bytes=given.bytes,
+        got_pieces=got.pieces,
+        got_bytes=got.bytes,
+        wrong_pieces=got.wrong_pieces,
+    )
 
 
 def snapshot(state: IslandState) -> Snapshot:
@@ -188,4 +218,5 @@ def snapshot(state: IslandState) -> Snapshot:
         counters=msgspec.convert(jobs.counters, CounterSnapshot, from_attributes=True),
         coordinators=() if state.affiliation is None else state.affiliation.coordinators,
         overlay=None if state.overlay is None else overlay_snapshot(state.overlay),
+        pieces=None if state.pieces is None else _pieces(state.pieces),
     )

@@ -14,6 +14,7 @@ from node.jobs import JobService
 from node.overlay.overlay import Overlay
 from node.p2p import Host
 from node.peers import Peers
+from node.pieces.service import PieceService
 from node.shards.hosting import ShardHost
 
 
@@ -41,5 +42,6 @@ class IslandState:
     overlay: Overlay | None = None
     affiliation: AffiliationService | None = None
     shards: ShardHost | None = None
+    pieces: PieceService | None = None
     cargos: dict[str, HostedCargo] = field(default_factory=dict[str, HostedCargo])
     started: float = field(default_factory=time.monotonic)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from node.control import ask_status
-from node.snapshot import CargoSnapshot, OverlaySnapshot, Snapshot
+from node.snapshot import CargoSnapshot, OverlaySnapshot, PiecesSnapshot, Snapshot
 
 _REFRESH_S = 0.5
 _STATE_STYLE = {"ready": "green", "connected": "green", "failed": "red"}
@@ -49,6 +49,8 @@ def render_status(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> R
     parts += [Text(f"{cargo.name}: {cargo.detail}", style="red") for cargo in now.cargos if cargo.detail]
     if now.overlay is not None:
         parts += ["", render_overlay(now.overlay)]
+    if now.pieces is not None:
+        parts.append(_pieces(now.pieces))
     parts.append(_coordinators(now))
     parts.append("")
     parts.append(_peers(now) if now.peers else Text("no peers: is a coordinator configured?", style="yellow"))
@@ -70,6 +72,14 @@ def render_overlay(overlay: OverlaySnapshot) -> Text:
         f"and {overlay.providers} provider records\n"
         f"place {f'({place}) ms' if place else 'unknown'}  messages {overlay.messages_sent} out, "
         f"{overlay.messages_received} in, {overlay.messages_refused} refused",
+    )
+
+
+def _pieces(pieces: PiecesSnapshot) -> Text:
+    return Text.assemble(
+        f"files of Cargos: {pieces.files} offered to peers, {pieces.given_bytes / 1e6:.0f} MB given "
+        f"({pieces.streams} fetch now), {pieces.got_bytes / 1e6:.0f} MB got",
+        (f", {pieces.wrong_pieces} wrong pieces refused" if pieces.wrong_pieces else "", "yellow"),
     )
 
 

@@ -50,6 +50,7 @@ def methods() -> ControlMethods:
         overlay=None,
         affiliation=None,
         shards=None,
+        pieces=None,
     )
     methods = ControlMethods()
 
