@@ -379,11 +379,11 @@ class RingMachine(HeadDuties):
         if session.head is not None:
             self._head_done(now, session, session.head)
             return
-        for start, stop, turn in session.intake.turns_of(done.position, valid):
+        for start, stop, turn in session.intake.turns_of(done.position, valid) if valid else ():
             new = max(start, session.log.end)
             if start > session.log.end:
                 self._rebuild(now, session)  # the log was begun anew meanwhile
-                return
+                break
             if new < stop:
                 at = new - done.position
                 payload = done.payload
