@@ -127,6 +127,10 @@ class BulkConnections:
             await self._connect(peer, texts)
         return await self._host.open_stream(peer, protocol)
 
+    async def warm(self, peer: PeerId, protocol: str, addresses: Iterable[str]) -> None:
+        """See `Host.warm_bulk`."""
+        await self._connection(peer, protocol, tuple(addresses))
+
     # --- inside -------------------------------------------------------------------------------------
 
     def _usable(self, peer: PeerId, protocol: str) -> Connection | None:

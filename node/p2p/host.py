@@ -285,6 +285,10 @@ class Host:
         """
         return await self._bulk.open_stream(peer, protocol, addresses)
 
+    async def warm_bulk(self, peer: PeerId, protocol: str, addresses: Iterable[str]) -> None:
+        """Have a connection for bulk in case that a stream is needed soon, if one can be had."""
+        await self._bulk.warm(peer, protocol, addresses)
+
     def bulk_connections(self, peer: PeerId) -> int:
         """How many connections for bulk there are to it."""
         return len(self._bulk.of(peer))
@@ -323,6 +327,7 @@ class Host:
         with self._as_unreachable():
             transport = SocketTransport(await dial(target))
             secured = await self._upgrader.dial(transport, peer, bulk=True)
+        transport.limit_unsent()
         self.counters.connections_dialled += 1
         return self._add(secured, Path(), initiator=True)
 
@@ -342,6 +347,8 @@ class Host:
 
         with self._as_unreachable():
             secured = await self._upgrader.accept(transport, admit, takes_bulk)
+        if secured.bulk and isinstance(transport, SocketTransport):
+            transport.limit_unsent()
         self.counters.connections_accepted += 1
         self._add(secured, path, initiator=False)
         return secured.peer

@@ -20,9 +20,10 @@ class HostLimits:
     max_bulk_connections_per_peer: int = 4
     """Beside those above, for tensors and files: two when both sides dial at once, for each of the two uses."""
 
-    bulk_idle_s: float = 30.0
+    bulk_idle_s: float = 120.0
     """A bulk connection without streams ends after this long (at the side that was dialled half as much later,
-    so that rarely both end it at once). To dial again costs four round trips."""
+    so that rarely both end it at once). To dial again costs four round trips, which who waits for a token
+    notices; so those that may be needed are dialled in advance, and stay for a while."""
 
     bulk_dial_s: float = 2.0
     """One address of a peer gets this long for a bulk connection, if there is another way to reach it."""

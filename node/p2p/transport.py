@@ -20,6 +20,11 @@ from protocol.ids import PeerId
 _SMALL_READ_BYTES: Final = 16 * 1024
 _LARGE_READ_BYTES: Final = 256 * 1024
 
+#: Of a connection for bulk: two records. The kernel would take megabytes otherwise.
+_UNSENT_BYTES: Final = 128 * 1024
+_NOTSENT_LOWAT: Final[int | None] = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+_INET: Final = frozenset({socket.AF_INET, socket.AF_INET6})
+
 
 @dataclass(frozen=True, slots=True)
 class Path:
@@ -70,7 +75,7 @@ class SocketTransport:
         # trio's own wrapper adds a scheduler pass to each call that would not have had to wait.
         sock = socket.socket(fileno=stream.socket.detach())
         sock.setblocking(False)
-        if sock.family in {socket.AF_INET, socket.AF_INET6}:
+        if sock.family in _INET:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket: Final = sock
         self._open = True
@@ -96,6 +101,13 @@ class SocketTransport:
             await trio.lowlevel.wait_writable(self._socket)
         except (trio.ClosedResourceError, OSError) as error:
             raise ChannelBroken("the connection was closed here") from error
+
+    def limit_unsent(self) -> None:
+        """Keep no more than a little in the kernel that has not left yet, so that what is small and urgent
+        waits behind little, however slow the way out is.
+        """
+        if self._open and _NOTSENT_LOWAT is not None and self._socket.family in _INET:
+            self._socket.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, _UNSENT_BYTES)
 
     async def receive_some(self) -> bytes:
         while True:

@@ -39,6 +39,9 @@ USED_S: Final = 60.0
 #: Sessions on layers that are to go get this long to end; then their chains replace us.
 DRAIN_S: Final = 60.0
 
+#: Layers that could not be fetched or loaded are tried again after this long, if they are still wanted.
+RETRY_S: Final = 60.0
+
 #: How often a shard is looked at: while it loads, else, and while it drains.
 _LOADING_LOOK_S: Final = 0.1
 _LOOK_S: Final = 1.0
@@ -288,7 +291,8 @@ class ShardHost:
             ordered = shard.ordered
             if shard.wanted != (first, last):
                 return
-            await ordered.wait()
+            with trio.move_on_after(RETRY_S):
+                await ordered.wait()
             if shard.state == "failed":
                 return
 

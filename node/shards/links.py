@@ -49,6 +49,9 @@ MAX_DOWNSTREAMS: Final = 64
 #: Links that others open. Each may hold a feed that has come in part (MAX_FEED_BYTES).
 MAX_UPSTREAMS: Final = 64
 
+#: Connections that are made in advance at a time.
+MAX_WARMING: Final = 16
+
 #: An upstream that said nothing for this long (pings count) makes room for another one.
 IDLE_UPSTREAM_S: Final = 30.0
 
@@ -57,6 +60,10 @@ OPEN_S: Final = 5.0
 
 #: A link on which we do not read just now is looked at so often whether it is still there.
 _BROKEN_LOOK_S: Final = 0.2
+
+#: Bytes of a message that is not complete yet are as good as a ping after this long: on a slow line a large
+#: one takes seconds, and pings wait behind it.
+_PROGRESS_S: Final = 0.2
 
 #: Larger messages never fit one frame.
 _SMALL_BYTES: Final = 60_000
@@ -93,6 +100,30 @@ class LinkCounters:
 def weight_of(message: Message) -> int:
     """What a message counts for in an outbox, in bytes."""
     return _MESSAGE_BYTES + (len(message.payload) if isinstance(message, RingFeed) else 0)
+
+
+class _Watched:
+    """A stream that tells when bytes came that complete no message. `asked`: chunks since a message was."""
+
+    def __init__(self, stream: Stream, told: Callable[[], None]) -> None:
+        self.asked = 0
+        self._stream = stream
+        self._told = told
+        self.send_nowait: Final = stream.send_nowait
+        self.send_all: Final = stream.send_all
+        self.send_eof: Final = stream.send_eof
+        self.aclose: Final = stream.aclose
+        self.reset: Final = stream.reset
+
+    @property
+    def peer(self) -> PeerId:
+        return self._stream.peer
+
+    async def receive_some(self, max_bytes: int = 65536) -> bytes:
+        if self.asked:
+            self._told()
+        self.asked += 1
+        return await self._stream.receive_some(max_bytes)
 
 
 @dataclass(slots=True, eq=False)
@@ -169,6 +200,7 @@ class RingLinks:
         self._down: dict[PeerId, _Link] = {}
         self._up: dict[PeerId, _Link] = {}
         self._room = trio.lowlevel.ParkingLot()
+        self._warming: set[PeerId] = set()
         self._closed = False
         host.handle(RING_PROTOCOL, self._serve, bulk=True)
 
@@ -195,6 +227,8 @@ class RingLinks:
             if link is None:
                 self._nursery.start_soon(self._tell_refused, peer)
                 return
+        elif isinstance(message, RingOpen):
+            self._warm(message)
         if not link.put(message):
             self._overflow(link, self._down)
 
@@ -232,7 +266,25 @@ class RingLinks:
         holders = [h for stage in stages for h in (stage.holder, *stage.spares) if h.peer == peer]
         addresses = tuple(dict.fromkeys(address for holder in holders for address in holder.addresses))
         self._nursery.start_soon(self._feed, link, addresses)
+        self._warm(message)
         return link
+
+    def _warm(self, message: RingOpen) -> None:
+        """The next in line gets a connection now: when it is needed, somebody waits for a token."""
+        stages = message.chain.stages
+        if message.index < len(stages):
+            for spare in stages[message.index].spares[:1]:
+                if spare.peer not in self._down:
+                    self._nursery.start_soon(self._warm_one, PeerId(spare.peer), spare.addresses)
+
+    async def _warm_one(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
+        if peer in self._warming or len(self._warming) >= MAX_WARMING:
+            return
+        self._warming.add(peer)
+        try:
+            await self._host.warm_bulk(peer, RING_PROTOCOL, addresses)
+        finally:
+            self._warming.discard(peer)
 
     async def _tell_refused(self, peer: PeerId) -> None:
         await trio.lowlevel.checkpoint()
@@ -247,7 +299,7 @@ class RingLinks:
                 with trio.fail_after(OPEN_S):
                     link.stream = await self._dial(link.peer, addresses)
                 self.counters.opened += 1
-                await self._run(link, MessageStream(link.stream, TO_STAGE, FROM_STAGE), paced=False)
+                await self._run(link, MessageStream(link.stream, TO_STAGE, FROM_STAGE), None)
             except trio.TooSlowError:
                 reason = f"no answer within {OPEN_S:g} s"
             except (Unreachable, StreamBroken) as error:
@@ -282,6 +334,7 @@ class RingLinks:
             stream.reset()
             return
         link = _Link(stream.peer, FROM_STAGE, stream)
+        watched = _Watched(stream, lambda: self._progress(link))
         before = self._up.get(stream.peer)
         self._up[stream.peer] = link
         self.counters.accepted += 1
@@ -289,7 +342,7 @@ class RingLinks:
             before.end("replaced by a newer link")
         with link.scope:
             try:
-                await self._run(link, MessageStream(stream, FROM_STAGE, TO_STAGE), paced=True)
+                await self._run(link, MessageStream(watched, FROM_STAGE, TO_STAGE), watched)
             except StreamBroken as error:
                 link.reason = link.reason or error.reason
             except ProtocolError as error:
@@ -301,6 +354,12 @@ class RingLinks:
             self._lost(link)
             if not self._closed:
                 self._user.upstream_lost(link.peer)
+
+    def _progress(self, link: _Link) -> None:
+        now = trio.current_time()
+        if now - link.heard_at >= _PROGRESS_S and self._up.get(link.peer) is link:
+            link.heard_at = now
+            self._user.received(link.peer, RingPing(0))
 
     def _make_room(self, peer: PeerId) -> bool:
         if peer in self._up or len(self._up) < MAX_UPSTREAMS:
@@ -319,12 +378,11 @@ class RingLinks:
         self,
         link: _Link,
         messages: MessageStream[ToStage, FromStage] | MessageStream[FromStage, ToStage],
-        *,
-        paced: bool,
+        watched: _Watched | None,
     ) -> None:
         """Both directions of an open link, until it ends. Raises StreamBroken, ProtocolError.
 
-        `paced`: rows are read only as fast as they can be computed, which their sender feels.
+        `watched`: rows come this way; they are read only as fast as they can be computed.
         """
         failed: list[StreamBroken | ProtocolError] = []
 
@@ -341,8 +399,10 @@ class RingLinks:
                 while (message := await messages.receive()) is not None:
                     link.heard_at = trio.current_time()
                     self._user.received(link.peer, message)
-                    if paced and not isinstance(message, RingPing):
-                        await self._wait_for_room(link)
+                    if watched is not None:
+                        watched.asked = 0
+                        if not isinstance(message, RingPing):
+                            await self._wait_for_room(link)
             except (StreamBroken, ProtocolError) as error:  # here: the nursery would wrap it in a group
                 failed.append(error)
             nursery.cancel_scope.cancel()

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.lowlevel
@@ -230,3 +231,29 @@ async def test_a_newer_link_of_a_peer_replaces_the_older(make_end, until) -> Non
         with trio.fail_after(30):
             assert await messages.receive() == RingAck(SESSION, 3)
         await until(lambda: a.down_lost)
+
+
+async def test_bytes_of_a_large_message_are_signs_of_life(make_end, until, monkeypatch) -> None:
+    monkeypatch.setattr(links_module, "_PROGRESS_S", 0.01)
+    async with make_end() as a, make_end() as b:
+        stream = await a.host.open_bulk_stream(b.peer, RING_PROTOCOL, b.host.addresses)
+        frame = TO_STAGE.encode_frame(feed(2_000_000))
+        for start in range(0, 1_000_000, 100_000):
+            await stream.send_all(frame[start : start + 100_000])
+            await trio.sleep(0.02)
+        await until(lambda: b.got)
+        assert {message for _, message in b.got} == {RingPing(0)}
+        await stream.send_all(frame[1_000_000:])
+        await until(lambda: isinstance(b.got[-1][1], RingFeed))
+
+
+async def test_spares_get_a_connection_in_advance(make_end, until) -> None:
+    async with make_end() as a, make_end() as b, make_end() as c:
+        message = open_to(b.peer, b.host.addresses)
+        spare = StagePeer(c.peer, c.host.addresses)
+        stages = (msgspec.structs.replace(message.chain.stages[0], spares=(spare,)), message.chain.stages[1])
+        chain = msgspec.structs.replace(message.chain, stages=stages)
+        a.links.send_to_stage(b.peer, msgspec.structs.replace(message, chain=chain))
+        await until(lambda: a.host.bulk_connections(c.peer) and c.host.bulk_connections(a.peer))
+        assert c.got == []
+        assert a.links.downstreams == (b.peer,)
