@@ -339,10 +339,11 @@ class _Cursor:
         self.data: Final = data
         self.at = 0
         self._file_bytes = min(file_bytes, MAX_HEADER_BYTES)
+        self._end = min(len(data), self._file_bytes)
 
     def skip(self, size: int) -> None:
         self.at += size
-        if self.at > len(self.data):
+        if self.at > self._end:
             self._fail(self.at)
 
     def take(self, size: int) -> bytes:
@@ -364,7 +365,7 @@ class _Cursor:
 
     def skip_strings(self, count: int) -> None:
         """Over an array of strings: the one loop that runs 262,144 times."""
-        data, at, end, length = self.data, self.at, len(self.data), _U64.unpack_from
+        data, at, end, length = self.data, self.at, self._end, _U64.unpack_from
         if at + 8 * count > self._file_bytes:
             self._fail(at + 8 * count)
         for _ in range(count):
