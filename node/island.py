@@ -21,7 +21,7 @@ import structlog
 import trio
 
 from cargos.catalogue import CargoEntry
-from cargos.errors import CargoError
+from cargos.errors import CargoError, FetchFailed
 from cargos.manifest import Manifest, RuntimeType
 from cargos.progress import FetchProgress
 from cargos.resolve import resolve_cargo
@@ -76,6 +76,10 @@ ADVERT_CHECK_S: Final = 2.0
 
 #: The place in the network that adverts tell moves this seldom.
 COORDINATE_S: Final = 60.0
+
+#: A Cargo that nobody could deliver is tried again after this long, then twice as long, up to ten minutes.
+FETCH_AGAIN_S: Final = 30.0
+MAX_FETCH_AGAIN_S: Final = 600.0
 
 RuntimeOpener: TypeAlias = Callable[[RuntimeSpec], AbstractAsyncContextManager[Runtime]]
 
@@ -315,9 +319,18 @@ class Island:
         def note(progress: FetchProgress) -> None:
             hosted.done_bytes, hosted.total_bytes = progress.done_bytes, progress.total_bytes or 0
 
+        peers = self._pieces.fetch_pieces if self.settings.pieces.fetch else None
+        pause_s, files = FETCH_AGAIN_S, None
         try:
-            peers = self._pieces.fetch_pieces if self.settings.pieces.fetch else None
-            files = await self.store.ensure(manifest, base=hosted.entry.base, progress=note, peers=peers)
+            while files is None:
+                try:
+                    files = await self.store.ensure(
+                        manifest, base=hosted.entry.base, progress=note, peers=peers
+                    )
+                except FetchFailed as error:  # sources come back, and peers that have it come
+                    self._give_up_cargo(hosted, str(error))
+                    await trio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, MAX_FETCH_AGAIN_S)
             self._pieces.note_change()
         except CargoError as error:
             self._give_up_cargo(hosted, str(error))
@@ -336,7 +349,7 @@ class Island:
             slots=engine.slots,
             threads=engine.threads,
         )
-        hosted.state = "loading"
+        hosted.state, hosted.detail = "loading", ""
         self._note_change()
         try:
             async with open_runtime(spec) as runtime:

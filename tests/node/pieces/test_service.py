@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 import trio
 
+from bench.scripted_island import ScriptedRuntime
 from cargos.errors import FetchFailed
-from cargos.manifest import CargoFile, Licence, Manifest, Needs, RuntimeType
+from cargos.manifest import CargoFile, Licence, Manifest, Needs, RuntimeType, canonical_json
+from cargos.runtimes.base import RuntimeSpec
 from cargos.shards.cut import cut, read_model
 from cargos.shards.layout import ranges_of, sharding_of
 from cargos.shards.pieces import hash_pieces, list_sha256, pieces_of_ranges
@@ -20,11 +23,14 @@ from cargos.shards.store import ShardStore
 from cargos.sources.settings import FetchSettings
 from cargos.store import CargoStore
 from dht.keys import key_of_file
+from node import island
+from node.config import NetworkSettings, NodeSettings
 from node.identity import new_identity
 from node.overlay.overlay import Overlay, OverlayConfig, open_overlay
 from node.p2p import Host, open_host
 from node.peers import open_peers
 from node.pieces.service import PiecesConfig, PieceService, open_pieces
+from node.state import IslandState
 from protocol.adverts import Hello
 from protocol.dice import Dice
 
@@ -154,3 +160,43 @@ async def test_who_does_not_serve_is_not_told_of_and_fetches_all_the_same(model,
             assert b.store.verified_path(file) is not None
             assert not b.pieces.here
             assert b.pieces.fetched.pieces == file.pieces
+
+
+async def test_an_island_goes_on_asking_until_somebody_has_its_cargo(
+    model, tmp_path, until, monkeypatch
+) -> None:
+    path, manifest = model
+    (file,) = manifest.files
+    monkeypatch.setattr(island, "FETCH_AGAIN_S", 0.5)
+    (tmp_path / "m.json").write_text(canonical_json(msgspec.structs.replace(manifest, sharding=None)))
+    loaded: list[str] = []
+
+    @asynccontextmanager
+    async def open_script(spec: RuntimeSpec) -> AsyncGenerator[ScriptedRuntime]:
+        loaded.extend(spec.files.values())
+        yield ScriptedRuntime(1000, stamp=False)
+
+    async def ready(state: IslandState) -> None:
+        states.append(state)
+
+    states: list[IslandState] = []
+    with trio.fail_after(120):
+        async with peer(tmp_path / "a") as a, trio.open_nursery() as nursery:
+            settings = NodeSettings(
+                data_dir=str(tmp_path / "data"),
+                cache_dir=str(tmp_path / "cache"),
+                cargos=(str(tmp_path / "m.json"),),
+                network=NetworkSettings(bootstrap=(a.host.addresses[0],)),
+            )
+            opener = {RuntimeType.LLMCPP: open_script}
+            nursery.start_soon(partial(island.Island(settings, opener).run, ready=ready))
+            await until(lambda: states)
+            (hosted,) = states[0].cargos.values()
+            await until(lambda: hosted.state == "failed")
+            assert "no source could deliver it" in hosted.detail
+            await stock(a, path, manifest)
+            await until(lambda: hosted.state == "ready")
+            assert hosted.detail == ""
+            assert await trio.Path(loaded[0]).read_bytes() == await trio.Path(path).read_bytes()
+            assert file.sha256 in a.pieces.here
+            nursery.cancel_scope.cancel()
