@@ -194,6 +194,41 @@ class KarmaSettings(Section, frozen=True, kw_only=True):
     audited: Share = 0.05
 
 
+class ChainSettings(Section, frozen=True, kw_only=True):
+    """A model that no Island holds whole, on chains of them (study "chains"); what of world.nodes is no gateway
+    is an Island. `strategy`: who decides which Island holds which layers, and which chain does a job.
+    `replicas`: chains that are laid out, if there is room; `spares`: further Islands for each range.
+
+    Memory and speed of Islands are log-normal. `row_factor`: how much cheaper a further row in a step is than
+    the first. `width`: values of a row between stages, two bytes each. `fetch_mbps`: how fast weights come.
+    `notice_s`: until others know that an Island is gone.
+    """
+
+    strategy: Literal["planner", "random", "greedy"] = "planner"
+    gateways: Annotated[int, Meta(ge=1, le=1000)] = 4
+    replicas: Annotated[int, Meta(ge=1, le=1000)] = 24
+    spares: Annotated[int, Meta(ge=0, le=3)] = 1
+    layers: Annotated[int, Meta(ge=2, le=512)] = 80
+    layer_mb: Annotated[int, Meta(ge=1, le=100_000)] = 490
+    embedding_mb: Annotated[int, Meta(ge=0, le=100_000)] = 600
+    head_mb: Annotated[int, Meta(ge=0, le=100_000)] = 860
+    cache_mb_per_layer: Annotated[int, Meta(ge=0, le=100_000)] = 64
+    width: Annotated[int, Meta(ge=1, le=1_000_000)] = 8192
+    room_gb_median: Annotated[float, Meta(gt=0, le=1e5)] = 12.0
+    room_sigma: Annotated[float, Meta(ge=0, le=3)] = 0.6
+    layer_ms_median: Annotated[float, Meta(gt=0, le=1e5)] = 4.0
+    layer_sigma: Annotated[float, Meta(ge=0, le=3)] = 0.7
+    row_factor: Annotated[float, Meta(ge=1, le=1000)] = 8.0
+    slots: Annotated[int, Meta(ge=1, le=64)] = 4
+    fetch_mbps: Annotated[float, Meta(gt=0, le=1e6)] = 1000.0
+    prompt_median: Annotated[float, Meta(gt=0, le=1e5)] = 150.0
+    output_median: Annotated[float, Meta(gt=0, le=1e5)] = 60.0
+    token_sigma: Annotated[float, Meta(ge=0, le=3)] = 0.5
+    notice_s: Seconds = 4.0
+    review_s: Annotated[float, Meta(gt=0, le=1e5)] = 5.0
+    grace_s: Seconds = 30.0
+
+
 class LossSettings(Section, frozen=True, kw_only=True):
     """So many coordinators die at once. `silent`: nobody's connection is closed; heartbeats tell."""
 
@@ -214,7 +249,7 @@ class ScenarioSettings(Section, frozen=True, kw_only=True):
 
     title: str
     summary: str = ""
-    study: Literal["dht", "jobs", "karma"] = "dht"
+    study: Literal["dht", "jobs", "karma", "chains"] = "dht"
     world: WorldSettings = WorldSettings()
     links: LinkSettings = LinkSettings()
     connections: ConnectionSettings = ConnectionSettings()
@@ -228,4 +263,5 @@ class ScenarioSettings(Section, frozen=True, kw_only=True):
     jobs: JobSettings = JobSettings()
     loss: tuple[LossSettings, ...] = ()
     karma: KarmaSettings = KarmaSettings()
+    chains: ChainSettings = ChainSettings()
     variant: tuple[VariantSettings, ...] = ()

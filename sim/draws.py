@@ -42,6 +42,7 @@ class Stream(IntEnum):
     PROBES = 10
     ISLANDS = 11
     RELAYS = 12
+    CHAINS = 13
 
 
 def machine_stream(node: int, service: int) -> int:

@@ -258,11 +258,17 @@ def _silent(what: str, share: float) -> None:
 
 
 def _study(settings: ScenarioSettings, folder: Path, recorder: Recorder, progress: Progress) -> Study:
-    from sim.studies.dht import DhtStudy  # noqa: PLC0415 - a study imports what it simulates
+    from sim.studies.chains import ChainStudy  # noqa: PLC0415 - a study imports what it simulates
+    from sim.studies.dht import DhtStudy  # noqa: PLC0415
     from sim.studies.jobs import JobStudy  # noqa: PLC0415
     from sim.studies.karma import KarmaStudy  # noqa: PLC0415
 
-    studies: dict[str, Callable[..., Study]] = {"dht": DhtStudy, "jobs": JobStudy, "karma": KarmaStudy}
+    studies: dict[str, Callable[..., Study]] = {
+        "dht": DhtStudy,
+        "jobs": JobStudy,
+        "karma": KarmaStudy,
+        "chains": ChainStudy,
+    }
     return studies[settings.study](settings, folder, recorder, progress)
 
 

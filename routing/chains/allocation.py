@@ -414,7 +414,7 @@ def _spares(
             key=lambda n: (count[n], karma[stages[n].peer], stages[n].first - stages[n].last, n),
         )
         stage = stages[n]
-        best = _best_spare(shape, stages, n, list(left.values()), rtt_of) if count[n] < wanted else None
+        best = best_spare(shape, stages, n, list(left.values()), rtt_of) if count[n] < wanted else None
         if best is None:
             open_places.discard(n)
             continue
@@ -424,9 +424,12 @@ def _spares(
     return tuple(found)
 
 
-def _best_spare(
-    shape: ModelShape, stages: Sequence[Assigned[P]], n: int, rooms: Sequence[Room[P]], rtt_of: Rtt[P]
+def best_spare(
+    shape: ModelShape, stages: Sequence[Assigned[P]], n: int, rooms: Iterable[Room[P]], rtt_of: Rtt[P]
 ) -> P | None:
+    """Of Islands with room the one that would be the quickest at place `n` of this chain; None if the range
+    fits none.
+    """
     stage, before, behind = stages[n], stages[n - 1].peer, stages[(n + 1) % len(stages)].peer
     needed = shape.bytes_of(stage.first, stage.last)
     is_head = n == len(stages) - 1

@@ -7,7 +7,7 @@ adverts by `routing.chains.offers`.
 
 from __future__ import annotations
 
-from routing.chains.allocation import Allocation, Assigned, NoAllocation, allocate
+from routing.chains.allocation import Allocation, Assigned, NoAllocation, allocate, best_spare
 from routing.chains.costs import ChainCost, Holder, ModelShape, Room, Rtt, Speed
 from routing.chains.routes import NoRoute, Route, missing_layers, route
 
@@ -24,6 +24,7 @@ __all__ = [
     "Rtt",
     "Speed",
     "allocate",
+    "best_spare",
     "missing_layers",
     "route",
 ]
