@@ -228,7 +228,8 @@ class RingMachine(HeadDuties):
         if session.head is not None and mine != session.standing[:2]:
             return
         theirs = standing(chain, message.began, index)
-        other = session.upstream is not None and session.upstream != peer
+        # In a ring of two we may have put this one there ourselves: then our account names it already.
+        other = session.upstream is not None and session.chain.stages[index - 1].holder.peer != peer
         if theirs < session.standing or (theirs == session.standing and other):
             return  # from before a replacement; if it is right after all, it will hear of that one and come again
         self._opened_again(now, peer, session, message)
