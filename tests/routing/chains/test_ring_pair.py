@@ -15,7 +15,7 @@ SESSION = "cd" * 16
 @pytest.mark.parametrize("how", ["kill", "freeze"])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_either_of_two_dies(
-    ring_world: Any, ring_reference: Any, victim: str, how: str, deterministic: bool
+    ring_world: Any, ring_reference: Any, victim: str, how: str, deterministic: object
 ) -> None:
     world = ring_world(3, policy=None, delay_ns=5 * MILLISECOND_NS)
     world.deterministic = deterministic
