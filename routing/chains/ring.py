@@ -304,12 +304,13 @@ class RingMachine(HeadDuties):
         session.intake.turns = [(0, 0)]
         session.outlet.again, session.outlet.tries = False, 0
 
-    def _void(self, now: Instant, session: Session, position: int) -> None:
-        """Rows from here on are wrong."""
+    def _void(self, now: Instant, session: Session, position: int, *, behind: bool = True) -> None:
+        """Rows from here on are wrong, `behind` us, too (unless they have been corrected there already)."""
         if session.intake.truncate(position):
             self._agenda.sooner(("drain", session.name), after(now, self._policy.drain_ns))
         session.log.truncate(position)
-        session.outlet.rewind(position)
+        if behind:
+            session.outlet.rewind(position)
         session.told = min(session.told, position)
         del session.tokens[session.intake.end * TOKEN_BYTES :]
 
@@ -344,7 +345,8 @@ class RingMachine(HeadDuties):
     def _take(self, now: Instant, session: Session, message: RingFeed) -> None:
         if message.turn > session.turn:
             session.turn = message.turn
-            self._void(now, session, message.position)
+            knows = session.outlet.state is OutletState.OPEN and session.outlet.turn >= message.turn
+            self._void(now, session, message.position, behind=not knows)
         end = session.intake.end
         if message.position > end:
             if not session.asked:
@@ -353,6 +355,7 @@ class RingMachine(HeadDuties):
         session.asked = False
         skip = end - message.position
         if skip >= message.rows:
+            self._tell_again(session)
             return
         payload = message.payload
         if skip:

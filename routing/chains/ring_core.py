@@ -216,6 +216,11 @@ class RingCore:
         ):
             self._agenda.sooner(("watch", session.name), after(now, WATCH_NS))
 
+    def _tell_again(self, session: Session) -> None:
+        """It sent what we have: it may not know how far we are."""
+        if session.upstream is not None:
+            self._send(session.upstream, RingAck(session.name, session.told))
+
     def _ask_again(self, session: Session) -> None:
         """We need rows that we were sent before."""
         session.asked = True

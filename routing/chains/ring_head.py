@@ -110,6 +110,7 @@ class HeadDuties(RingCore):
         head.forget_cuts(message.turn)
         start, stop = intake.end - message.position, stop - message.position
         if start >= stop:
+            self._tell_again(session)
             return
         payload = message.payload
         if stop - start < message.rows:
