@@ -90,6 +90,10 @@ CHARTS: Final[tuple[Spec, ...]] = (
         "Placement regret", "jobs", "regret_s", "s", "Beyond the best that one who knew all could have chosen."
     ),
     _Cdf("Price per job", "jobs", "price_ucr", "micro-credits", "At the Islands' asking prices."),
+    _Cdf("Token rate of jobs", "generations", "tokens_per_s", "tokens/s", "From the first token to the last."),
+    _Cdf("First token", "generations", "first_token_s", "s", "From the request on."),
+    _Cdf("Gaps after a loss", "gaps", "gap_s", "s", "Between two tokens, where a stage or a head died."),
+    _Lines("Ranges without a holder", "ranges without a holder", "ranges", "Places of the chains laid out."),
     _Lines("Karma of attackers", "karma: attackers", "points, median", "By honest coordinators; +10 is paid."),
     _Lines("Karma of the honest", "karma: honest", "points, median", "By honest coordinators; +10 is paid."),
     _Bars(

@@ -125,8 +125,10 @@ class ChainStudy:
         self.known: dict[int, Holder[str]] = {}
         self.ranges: list[_Range] = []
         self.running: dict[int, _Running] = {}
-        self.jobs = recorder.table("jobs", "time_s", "tokens", "first_token_s", "tokens_per_s", "tries")
-        self.gaps: dict[str, list[float]] = {"stage": [], "chain": []}
+        self.jobs = recorder.table(
+            "generations", "time_s", "tokens", "first_token_s", "tokens_per_s", "expected_per_s", "tries"
+        )
+        self.gaps = recorder.table("gaps", "time_s", "lost", "gap_s")
         self.replaced = 0
         self.died_working = 0
         self.given_up = 0
@@ -272,7 +274,8 @@ class ChainStudy:
         if running.first is None:
             running.first = now
         elif running.disturbed and running.last is not None:
-            self.gaps[running.disturbed].append(ns_to_seconds(now - running.last))
+            gap_s = ns_to_seconds(now - running.last)
+            self.gaps.rows.append((ns_to_seconds(now - self._start), running.disturbed, gap_s))
         running.disturbed = ""
         running.last = now
         running.tokens += 1
@@ -286,10 +289,8 @@ class ChainStudy:
         rate = (running.tokens - 1) / ns_to_seconds(took_ns) if took_ns else 0.0
         first_s = ns_to_seconds(running.first - running.began)
         at_s = ns_to_seconds(running.began - self._start)
-        self.jobs.rows.append((at_s, running.tokens, first_s, rate, event.tries))
-        self.record.table("speeds", "expected_per_s", "got_per_s").rows.append(
-            (1e9 / max(1, running.expected_ns), rate)
-        )
+        expected = 1e9 / max(1, running.expected_ns)
+        self.jobs.rows.append((at_s, running.tokens, first_s, rate, expected, event.tries))
 
     # --- failures ---------------------------------------------------------------------------------
 
@@ -411,10 +412,8 @@ class ChainStudy:
         lasted_s = ns_to_seconds(self.world.now - self._start)
         tokens = sum(self.jobs.numbers("tokens"))
         record.measure("tokens per second, all together", tokens / lasted_s, "tokens/s", "higher")
-        expected = record.table("speeds", "expected_per_s", "got_per_s")
-        record.measure(
-            "rate that the chain alone would give, mean", mean(expected.numbers("expected_per_s")), "tokens/s"
-        )
+        alone = mean(self.jobs.numbers("expected_per_s"))
+        record.measure("rate that the chain alone would give, mean", alone, "tokens/s")
         chains = len({one.chain for one in self.ranges})
         record.measure("chains laid out", float(chains), "chains", "higher")
         record.measure("stages per chain", len(self.ranges) / max(1, chains), "mean")
@@ -424,5 +423,9 @@ class ChainStudy:
         record.measure("chains per job", mean(self.jobs.numbers("tries")), "mean", "lower")
         record.measure("sessions whose stage died", float(self.died_working), "sessions")
         record.measure("stages replaced by spares", float(self.replaced), "times")
-        record.measure_spread("gap when a spare took a stage's place", self.gaps["stage"], "s")
-        record.measure_spread("gap when the head or all was lost", self.gaps["chain"], "s")
+        lost = zip(self.gaps.column("lost"), self.gaps.numbers("gap_s"), strict=True)
+        gaps: dict[str, list[float]] = {"stage": [], "chain": []}
+        for what, gap_s in lost:
+            gaps[str(what)].append(gap_s)
+        record.measure_spread("gap when a spare took a stage's place", gaps["stage"], "s")
+        record.measure_spread("gap when the head or all was lost", gaps["chain"], "s")

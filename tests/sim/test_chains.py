@@ -74,7 +74,7 @@ def test_every_token_arrives_once_whoever_dies(asked):
     assert result.metric("stages replaced by spares") > 0
     assert result.metric("jobs given up") == 0
     assert result.metric("jobs unfinished") == 0
-    tokens = sorted(row["tokens"] for row in result.table("jobs"))
+    tokens = sorted(row["tokens"] for row in result.table("generations"))
     assert tokens == sorted(asked.values())
 
 
