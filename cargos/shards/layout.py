@@ -6,8 +6,8 @@ GGUF file looks. Pure.
     last slice     layers, final norm, vocabulary head, tokenizer; takes rows
 
 A slice is a GGUF file that llama.cpp loads as a model of its own. Keys of ours in it: `slice.first`,
-`slice.last`, `slice.of` (layers of the whole), `slice.input_scale` (rows must be multiplied by it before
-they are fed in).
+`slice.last`, `slice.of` (layers of the whole), `slice.input_scale` (a number, as text: rows must be
+multiplied by it before they are fed in).
 """
 
 from __future__ import annotations
@@ -269,7 +269,8 @@ def _metadata(model: Model, first: int, last: int) -> dict[str, Entry]:
     for key, value in ((SLICE_FIRST, first), (SLICE_LAST, last), (SLICE_OF, layers)):
         metadata[key] = number_entry(Kind.UINT32, value)
     if model.architecture.scaled_rows and not is_first:
-        metadata[SLICE_SCALE] = number_entry(Kind.FLOAT32, 1 / math.sqrt(model.width))
+        # As text: the library shows numbers with six digits only.
+        metadata[SLICE_SCALE] = string_entry(repr(1 / math.sqrt(model.width)))
     return metadata
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from cargos.runtimes.llama.leftovers import close_leftovers
 from cargos.runtimes.llama.native import Context, Model, NativeError
+from cargos.shards.layout import SLICE_SCALE
 
 Rows: TypeAlias = NDArray[np.float32]
 
@@ -92,6 +93,8 @@ class StageContext(Context):
             flash_attention=flash_attention,
         )
         self._in = np.zeros((n_batch, self.width), np.float32)
+        # Some architectures scale whatever comes in, as if it were embeddings: their slices say how to undo it.
+        self._scale = np.float32(model.meta(SLICE_SCALE) or 1)
         self._embd_batch = self._new_batch("embd", self._in, ctypes.c_float)
 
     def _adjust(self, params: Any) -> None:  # noqa: ANN401  (a C structure)
@@ -138,7 +141,7 @@ class StageContext(Context):
                 raise ValueError(f"rows of shape {values.shape} for {n} positions of width {self.width}")
             if n > self.n_batch:
                 raise ValueError(f"{n} rows, at most {self.n_batch}")
-            self._in[:n] = values
+            np.multiply(values, self._scale, out=self._in[:n])
             self._compute(self._embd_batch, positions, sequences, outputs)
         if self.is_head:
             return None

@@ -11,7 +11,6 @@ from llama_cpp import llama_cpp as _lib
 
 from cargos.runtimes.llama.leftovers import close_leftovers
 from cargos.shards.cut import read_header
-from cargos.shards.gguf import Kind
 from cargos.shards.layout import SLICE_SCALE
 
 _c: Any = cast("Any", _lib)
@@ -53,11 +52,7 @@ class Part:
         self.layers = _c.llama_model_n_layer(self.model)
         self.vocabulary = _c.llama_vocab_n_tokens(_c.llama_model_get_vocab(self.model))
         self.head = head
-        entry = read_header(path).metadata.get(SLICE_SCALE)
-        self.scale = np.float32(1)
-        if entry is not None:
-            assert entry.kind is Kind.FLOAT32
-            self.scale = np.frombuffer(entry.raw, np.float32)[0]
+        self.scale = np.float32(read_header(path).text(SLICE_SCALE) or 1)
         self._rows = np.zeros((0, self.width), np.float32)
         params = _c.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 256, 64, 64, 1

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from cargos.runtimes.llama.native import Model
+from cargos.runtimes.shards.native import StageContext
 from cargos.shards.architectures import KNOWN
 from cargos.shards.cut import cut
 from cargos.shards.layout import stages_of
@@ -58,3 +60,31 @@ def test_a_chain_equals_the_whole(case, synthetic, native, tmp_path):
 
 def test_all_known_architectures_are_shown():
     assert {CASES[case].get("architecture", case) for case in CASES} == set(KNOWN)
+
+
+@pytest.mark.parametrize("architecture", ["gemma", "gemma2"])
+def test_rows_are_scaled_back_by_the_stage_engine(architecture, synthetic, native, tmp_path):
+    """sqrt(96) is no power of two, so a last bit may differ; without scaling nothing would agree."""
+    shape = synthetic.Shape(architecture=architecture, width=96)
+    whole = synthetic.write_model(tmp_path / "whole.gguf", shape)
+    expected = native.run_chain([whole], TOKENS, 0)
+    rows = TOKENS
+    for first, last in ((0, 1), (1, 3), (3, 4)):
+        cut(whole, tmp_path / "slice.gguf", first, last)
+        model = Model([str(tmp_path / "slice.gguf")])
+        stage = StageContext(
+            model,
+            context_length=64,
+            n_seq=1,
+            n_batch=32,
+            threads=1,
+            flash_attention=False,
+            takes_tokens=first == 0,
+            is_head=last == 4,
+            max_outputs=32,
+        )
+        positions = list(range(len(TOKENS)))
+        rows = stage.run(rows, positions, [0] * len(TOKENS), positions)
+    logits = np.stack([stage.logits(index) for index in positions])
+    assert np.abs(logits - expected).max() < 1e-3 * np.abs(expected).max()
+    assert np.array_equal(logits.argmax(axis=1), expected.argmax(axis=1))
