@@ -20,7 +20,8 @@ MAX_TAKEN_ROWS: Final = MAX_WINDOW_ROWS + MAX_FEED_ROWS
 #: Bytes held back while the engine finishes rows that are void by now.
 MAX_HELD_BYTES: Final = MAX_WINDOW_BYTES + MAX_FEED_BYTES
 
-#: A timer that fires later than this says that this process was stopped: nobody else is to blame for the silence.
+#: A timer that fires later than this says that this process was stopped: nobody else is to blame for the
+#: silence.
 LATE_NS: Final = 500 * MILLISECOND_NS
 
 #: Changes of mind that a head remembers one by one. Only rows that are still on their way need them.
@@ -43,7 +44,7 @@ class RingPolicy:
     ping_ns: int = 250 * MILLISECOND_NS
     """Between pings on a link that sessions use."""
     dead_ns: int = SECOND_NS
-    """Silence until a stage is given up: four pings. Its network answers them, also while its engine computes."""
+    """Silence until a stage is given up: four pings. Its network answers while its engine computes."""
     connect_ns: int = 2500 * MILLISECOND_NS
     """Until the first word of a peer that has to be dialled."""
     open_ns: int = 4 * SECOND_NS

@@ -18,7 +18,6 @@ from routing.chains.ring_intake import Intake
 from routing.chains.ring_log import RowLog
 from routing.chains.ring_policy import MAX_CUTS, SMOOTHING
 
-
 NEVER: Final = Instant(0)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from protocol.codec import encode
 from protocol.dice import Dice
 from protocol.envelope import SIGNATURE_BYTES, Envelope
 from protocol.ids import PeerId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant, after
-from protocol.codec import encode
 from protocol.machine import Disconnect, Emit, Ordered, Received, Send, Woken
 from protocol.ring import FROM_STAGE, TO_STAGE, Chain, Stage, StagePeer, StageReceipt
 from routing.chains import events as ev
@@ -111,8 +111,8 @@ class Engine:
         self.rows = 0
         self.hung = False
 
-    def open(self, name: str, prompt: int, deterministic: bool) -> bool:
-        if name not in self.sessions and len(self.sessions) >= self.slots:
+    def open(self, name: str, prompt: int, *, deterministic: bool) -> bool:
+        if name not in self.sessions and len(self.sessions) >= self.slots and not self.node.is_head:
             return False
         self.sessions[name] = EngineSession(Layers(self.first, self.last), prompt, deterministic)
         return True
@@ -168,10 +168,13 @@ class Engine:
                 continue
             self.sessions[name] = self.sessions.pop(name)  # others first, next time
             self.busy = True
-            life = self.life
-            duration = (1_000 + 100 * len(step[1])) * 1_000
-            self.node.world.later(duration, lambda: self._stepped(life, name, session, step, duration), self.node)
+            self._start(name, session, step)
             return
+
+    def _start(self, name: str, session: EngineSession, step: Any) -> None:
+        life, duration = self.life, (1_000 + 100 * len(step[1])) * 1_000
+        done = lambda: self._stepped(life, name, session, step, duration)  # noqa: E731 - short
+        self.node.world.later(duration, done, self.node)
 
     def _stepped(self, life: int, name: str, session: EngineSession, step: Any, duration: int) -> None:
         if life != self.life:
@@ -296,7 +299,7 @@ class Node:
     def _event(self, event: Any) -> None:
         match event:
             case ev.Admit():
-                if not self.engine.open(event.session, event.prompt, event.deterministic):
+                if not self.engine.open(event.session, event.prompt, deterministic=event.deterministic):
                     refused = ev.EngineRefused(event.session, "busy", "no slot")
                     self.world.later(100_000, lambda: self.order(refused), self)
             case ev.Compute():
@@ -332,12 +335,14 @@ class Node:
         if name in self.jobs:
             self.finished(name)
 
-    def submit(self, name: str, chain: Chain, prompt: list[int], resume: list[int], count: int, **how: Any) -> None:
+    def submit(
+        self, name: str, chain: Chain, prompt: list[int], resume: list[int], count: int, **how: Any
+    ) -> None:
         if self.dead or self.frozen:
             return
         deterministic = how["deterministic"]
         self.order(ev.Begin(name, chain, PeerId("gateway"), deterministic))
-        self.engine.open(name, len(prompt), deterministic)
+        self.engine.open(name, len(prompt), deterministic=deterministic)
         job = self.jobs[name] = HeadJob(self, name, prompt, resume, count, how["drafts"])
         job.want(0)
 
@@ -348,7 +353,7 @@ class Node:
         self.engine.lost()
         self.order(ev.EngineLost(CARGO))
         for job in list(self.jobs.values()):
-            self.engine.open(job.name, job.prompt, self.world.deterministic)
+            self.engine.open(job.name, job.prompt, deterministic=self.world.deterministic)
             job.out.clear()
             job.want(0)
 
@@ -466,7 +471,9 @@ class World:
 
     # --- building -----------------------------------------------------------------------------------
 
-    def add(self, name: str, first: int, last: int, *, policy: RingPolicy | None = None, slots: int = 64) -> Node:
+    def add(
+        self, name: str, first: int, last: int, *, policy: RingPolicy | None = None, slots: int = 64
+    ) -> Node:
         node = self.nodes[name] = Node(self, name, first, last, policy or self.policy, slots)
         node.order(ev.ShardHeldHere(CARGO, first, last))
         return node
