@@ -62,7 +62,7 @@ def token_s(mesh: Mesh, prompt: str, number: int, *, greedy: bool, tokens: int) 
 def measure(
     whole: Mesh, sides: dict[str, Mesh], rtt_ms: float, *, stages: int, rounds: int, tokens: int
 ) -> dict[str, list[float]]:
-    """By side and kind of text: shares of the bound. Also how many texts were equal."""
+    """By side and kind of text: shares of the bound. Also which texts were equal."""
     shares: dict[str, list[float]] = {}
     dice = Dice(int(rtt_ms))
     for kind, prompts in (("ordinary", ORDINARY), ("repetitive", REPETITIVE)):
@@ -71,10 +71,13 @@ def measure(
             greedy = kind == "repetitive"
             compute_s, text = token_s(whole, prompt, number, greedy=greedy, tokens=tokens)
             bound_s = compute_s + stages * rtt_ms / 2e3
+            texts = {"the whole model's": text}
             for side, mesh in sides.items():
                 took_s, ours = token_s(mesh, prompt, number, greedy=greedy, tokens=tokens)
                 shares.setdefault(f"{kind}, {side}", []).append(bound_s / took_s)
-                shares.setdefault(f"{kind}, {side}: texts equal", []).append(float(ours == text))
+                for other, theirs in texts.items():
+                    shares.setdefault(f"{kind}, {side}: equal to {other}", []).append(float(ours == theirs))
+                texts[f"that with {side}"] = ours
     return shares
 
 
@@ -118,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     row(f"share of the bound, {rounds} answers each", *(f"{rtt_ms:.0f} ms" for rtt_ms in (0.0, *rtts)))
     for label in labels:
         cells = [shares[label] for shares in table]
-        if label.endswith("equal"):
+        if "equal to" in label:
             row(label, *(f"{sum(cell):.0f} of {len(cell)}" for cell in cells))
         else:
             row(label, *(f"{median(cell):.2f}" for cell in cells))
