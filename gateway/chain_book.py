@@ -417,7 +417,7 @@ class ChainBook:
         was_ready = cargo.ready
         if isinstance(found, NoAllocation):
             cargo.ready, cargo.layout = False, None
-            cargo.shortage = shortage_of(found, _shape(sharding, offers), [_room_bytes(o) for _, o in offers])
+            cargo.shortage = shortage_of(_shape(sharding, offers), [_room_bytes(o) for _, o in offers])
             waiting = any(r.until > now and r.times <= PATIENT_REFUSALS for r in cargo.refused.values())
             cargo.progress = NotYet(0, sharding.layers) if waiting else None
             return Stepped(wake=wake)
@@ -524,7 +524,7 @@ def _shape(sharding: Sharding, offers: Iterable[Offer]) -> ModelShape:
     return ModelShape.of_sharding(sharding, slots=max(1, slots), context=context)
 
 
-def shortage_of(found: NoAllocation, shape: ModelShape, rooms: Sequence[int]) -> Shortage:
+def shortage_of(shape: ModelShape, rooms: Sequence[int]) -> Shortage:
     """Why nothing fits, and what would. `rooms`: bytes that each Island offers."""
     here = len(rooms)
     room = sum(rooms) // max(1, here)
@@ -545,7 +545,9 @@ def shortage_of(found: NoAllocation, shape: ModelShape, rooms: Sequence[int]) ->
         middle = (low + high) // 2
         low, high = (low, middle) if fits(count, middle * _MIB) else (middle, high)
     enough = high if here >= MIN_STAGES and fits(count, high * _MIB) else None
-    return Shortage(found.detail, here, room // _MIB, islands, enough)
+    offer = "Island offers" if here == 1 else "Islands offer"
+    detail = f"{most_mib} MiB are needed, {here} {offer} {sum(rooms) // _MIB} MiB"
+    return Shortage(detail, here, room // _MIB, islands, enough)
 
 
 def _room_bytes(offered: OfferedCargo) -> int:

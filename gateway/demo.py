@@ -395,6 +395,8 @@ class Demo:
             return
         if child.label != "gateway":
             self._say(f"{child.label} {child.fate}", style="red")
+            if (child.process.returncode or 0) > 0:  # not killed: it says why
+                self._say(terminal_safe(_last_words(child)), style="red")
             if all(other.fate is not None for other in self._children[1:]):
                 command = island_command(self._mesh, self._island_options)
                 self._say(f"no Island is left. Start one: {command}", style="yellow")
