@@ -1,7 +1,8 @@
 """Pieces from 1 and 3 peers over loopback, beside copying the same file over one bare TCP stream.
 
 Holders are processes of their own. Each way ends with the bytes in a file; ours come with noise, yamux, and a
-SHA-256 of every piece. Ways take turns, so that what else the machine does strikes all of them.
+SHA-256 of every piece. Ways take turns, so that what else the machine does strikes all of them; on a busy
+machine the processor time says more than the clock.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psutil
 import trio
 
 from bench.figures import header, median, row
@@ -93,8 +96,8 @@ class Holders:
 
 
 @asynccontextmanager
-async def holders(path: Path, count: int) -> AsyncGenerator[tuple[list[str], int]]:
-    """Their addresses, and the bare port of the first."""
+async def holders(path: Path, count: int) -> AsyncGenerator[tuple[list[str], int, list[psutil.Process]]]:
+    """Their addresses, the bare port of the first, and the processes."""
     command = [sys.executable, "-m", "bench.pieces", "--hold", str(path)]
     processes: list[trio.Process] = []
     lines: list[list[str]] = []
@@ -108,7 +111,7 @@ async def holders(path: Path, count: int) -> AsyncGenerator[tuple[list[str], int
             while not text.endswith(b"\n"):
                 text += await process.stdout.receive_some()
             lines.append(text.decode().split())
-        yield [line[0] for line in lines], int(lines[0][1])
+        yield [line[0] for line in lines], int(lines[0][1]), [psutil.Process(p.pid) for p in processes]
     finally:
         with trio.CancelScope(shield=True):
             for process in processes:
@@ -150,16 +153,17 @@ async def measure(folder: Path, size_mib: int, rounds: int) -> None:
             out.write(hashlib.shake_256(index.to_bytes(4)).digest(MIB))
     file, _ = describe(path)
     seconds: dict[str, list[float]] = {}
-    async with holders(path, 3) as (addresses, port), open_host(new_identity(), ()) as host:
+    cpu: dict[str, list[tuple[float, float]]] = {}
+    async with holders(path, 3) as (addresses, port, processes), open_host(new_identity(), ()) as host:
         network = Holders(host, addresses)
 
-        async def bare(_: Path) -> None:
+        async def bare(target: Path) -> None:
             async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-                await copy(stream.receive_some, folder / "copy", file.size_bytes)
+                await copy(stream.receive_some, target, file.size_bytes)
 
-        async def plain(_: Path) -> None:
+        async def plain(target: Path) -> None:
             stream = await network.open(next(iter(await network.find(""))), RAW_PROTOCOL)
-            await copy(stream.receive_some, folder / "copy", file.size_bytes)
+            await copy(stream.receive_some, target, file.size_bytes)
             await stream.aclose()
 
         async def from_peers(root: Path, count: int) -> None:
@@ -181,14 +185,23 @@ async def measure(folder: Path, size_mib: int, rounds: int) -> None:
         for number in range(rounds):
             for name, way in ways.items():
                 root = folder / f"{number}-{name.replace(' ', '-')}"
+                there, here = _cpu_s(processes), time.process_time()
                 started = trio.current_time()
                 await way(root)
                 seconds.setdefault(name, []).append(trio.current_time() - started)
+                cpu.setdefault(name, []).append((time.process_time() - here, _cpu_s(processes) - there))
     base = median(seconds["bare TCP, one stream"])
-    row("", "MB/s", "of bare TCP")
+    row("", "MB/s", "of bare TCP", "CPU s/GB", "at holders")
     for name, times in seconds.items():
         middle = median(times)
-        row(name, f"{file.size_bytes / middle / 1e6:.0f}", f"{base / middle:.2f}")
+        used = [median([pair[side] for pair in cpu[name]]) * 1e9 / file.size_bytes for side in (0, 1)]
+        rate = f"{file.size_bytes / middle / 1e6:.0f}"
+        row(name, rate, f"{base / middle:.2f}", *(f"{seconds:.1f}" for seconds in used))
+
+
+def _cpu_s(processes: list[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
+    return sum(spent.user + spent.system for spent in times)
 
 
 def main(argv: list[str] | None = None) -> int:

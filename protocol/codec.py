@@ -109,7 +109,7 @@ class FrameBuffer(Generic[M]):
                 end = start + LENGTH.size + size
                 if len(self._buffer) < end:
                     break
-                body = bytes(self._buffer[start + LENGTH.size : end])
+                body = self._buffer[start + LENGTH.size : end]
                 start = end
                 yield self._codec.decode_untrusted(body)
         finally:
