@@ -224,6 +224,10 @@ class Mesh:
         else:
             self._waiting.pop(job.id, None)
 
+    def freed(self) -> None:
+        """A chain's slots are free again: jobs wait here for them, not at its Islands."""
+        self._tell_jobs()
+
     def ready_stream(self, peer: PeerId) -> Stream | None:
         """One that is kept ready, if there is one; it may have broken meanwhile. Another takes its place."""
         ready = self._ready.get(peer)

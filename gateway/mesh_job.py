@@ -88,6 +88,7 @@ class MeshView(Protocol):
     ) -> Assignment[PeerId] | NotYet | Full | None: ...
     def ready_stream(self, peer: PeerId) -> Stream | None: ...
     async def open_stream(self, peer: PeerId) -> Stream: ...
+    def freed(self) -> None: ...
     def note_waiting(self, job: MeshJob, *, waiting: bool) -> None: ...
 
 
@@ -272,6 +273,8 @@ class MeshJob:
                 self._mesh.book.release(island)
             if attempt.stream is not None:
                 await self._end_stream(attempt.stream, orderly=attempt.orderly)
+            if attempt.offer.chain is not None:
+                self._mesh.freed()
         if self._attempt is attempt:
             self._attempt = None
             self._feed(PeerLost(peer))

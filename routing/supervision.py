@@ -426,15 +426,22 @@ class JobSupervisor(Generic[P]):
             if what != self._seen_loading:
                 self._seen_loading = what
                 yield Emit(JobPreparing("loading", what.done, what.total))
-        elif now - self._without_island_since >= self._policy.wait_ns:
+        elif now - self._without_island_since >= self._patience_ns(full=what is not None):
             retry_ms = 1000
             if self._busy or what is not None:
                 yield from self._give_up("busy", "every Island that runs this model is busy", retry_ms)
             else:
                 lost = f"; the last one failed: {self._last_failure}" if self._last_failure else ""
                 yield from self._give_up("no-islands", f"no Island runs this model now{lost}", 5 * retry_ms)
-        elif first_time:
-            yield Emit(JobWaiting())
+        else:
+            if what is not None:
+                self._not_yet_until = after(now, NOT_YET_NS)
+            if first_time:
+                yield Emit(JobWaiting())
+
+    def _patience_ns(self, *, full: bool) -> int:
+        """Chains have no queue of their own: a job waits here as long as it would in an Island's."""
+        return max(self._policy.wait_ns, self._policy.first_token_ns) if full else self._policy.wait_ns
 
     def _fail_attempt(
         self,

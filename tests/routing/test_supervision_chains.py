@@ -359,8 +359,13 @@ def test_what_is_loaded_is_told_by_news_and_the_deadline_holds() -> None:
 
 
 def test_a_full_chain_is_busy_and_not_missing() -> None:
-    bench = Bench([FULL], policy=SupervisionPolicy(wait_ns=2 * SECOND_NS))
-    bench.wait(3 * SECOND_NS)
+    policy = SupervisionPolicy(wait_ns=2 * SECOND_NS, first_token_ns=20 * SECOND_NS)
+    bench = Bench([FULL], policy=policy)
+    for _ in range(19):
+        bench.wait(SECOND_NS)
+    assert bench.of(JobFailed) == [], "it waits as it would in an Island's queue"
+    assert len(bench.asks) >= 19, "and looks for a free place"
+    bench.wait(2 * SECOND_NS)
     assert bench.of(JobFailed)[0].code == "busy"
 
 
