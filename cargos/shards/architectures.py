@@ -35,7 +35,8 @@ class Architecture:
     `scaled_rows`: it multiplies the rows that come in by sqrt(width), also where they are activations of
     a layer before; who feeds a slice must divide (key `slice.input_scale`). `embedding_keys`: metadata that
     act on what comes in, and belong to the slice with the embeddings only. `odd_layers`: a number of layers by
-    which the library knows a model that it treats differently.
+    which the library knows a model that it treats differently. `leading_dense`: its first layers have no
+    experts, and how many they are is counted from the first layer of a file on.
     """
 
     window: Window | None = None
@@ -43,6 +44,7 @@ class Architecture:
     scaled_rows: bool = False
     embedding_keys: tuple[str, ...] = ()
     odd_layers: int = 0
+    leading_dense: bool = False
 
 
 _PLAIN: Final = Architecture()
@@ -58,6 +60,8 @@ KNOWN: Final[dict[str, Architecture]] = {
     "gemma": Architecture(scaled_rows=True),
     "gemma2": Architecture(window=Window(2, always=True), scaled_rows=True, odd_layers=46),
     "gemma3": Architecture(window=Window(6), odd_layers=62),
+    "gpt-oss": Architecture(window=Window(2, always=True), own_head=True),
+    "deepseek": Architecture(leading_dense=True),
     "phi3": _PLAIN,
     "granite": Architecture(embedding_keys=("embedding_scale",)),
     "olmo2": Architecture(window=Window(4), own_head=True),
@@ -89,7 +93,7 @@ _REFUSED: Final[dict[str, str]] = {
         ),
         _NO_DECODER,
     ),
-    **dict.fromkeys(("smollm3", "llama4", "smallthinker", "afmoe", "deepseek", "dots1", "minicpm"), _BY_NUMBER),
+    **dict.fromkeys(("smollm3", "llama4", "smallthinker", "afmoe", "dots1", "minicpm"), _BY_NUMBER),
     **dict.fromkeys(("gemma3n", "gemma4", "eagle3", "dflash", "qwen3vl", "qwen3vlmoe"), _SIDE_INPUT),
     **dict.fromkeys(("deepseek2", "deepseek32", "glm4moe", "exaone-moe", "mimo2", "glm-dsa"), _EXTRA),
 }  # fmt: skip

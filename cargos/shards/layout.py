@@ -265,6 +265,10 @@ def _metadata(model: Model, first: int, last: int) -> dict[str, Entry]:
         vocabulary = model.vocabulary if is_first else STUB_VOCABULARY
         metadata[f"{name}.vocab_size"] = number_entry(Kind.UINT32, vocabulary)
         metadata["tokenizer.ggml.model"] = string_entry("none")
+    leading = model.header.integer(f"{name}.leading_dense_block_count")
+    if model.architecture.leading_dense and leading:
+        here = min(max(leading - first, 0), last - first)
+        metadata[f"{name}.leading_dense_block_count"] = number_entry(Kind.UINT32, here)
     _set_window(model, metadata, first, last)
     for key, value in ((SLICE_FIRST, first), (SLICE_LAST, last), (SLICE_OF, layers)):
         metadata[key] = number_entry(Kind.UINT32, value)

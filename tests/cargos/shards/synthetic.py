@@ -118,10 +118,13 @@ def _metadata(shape: Shape) -> dict[str, Entry]:
     if shape.experts:
         metadata[f"{name}.expert_count"] = u32(shape.experts)
         metadata[f"{name}.expert_used_count"] = u32(shape.experts_used)
-    if shape.experts and name.startswith("qwen"):
+    if shape.experts and name.startswith(("qwen", "gpt-oss", "deepseek")):
         metadata[f"{name}.expert_feed_forward_length"] = u32(shape.ff)
     if name == "qwen2moe":
         metadata[f"{name}.expert_shared_feed_forward_length"] = u32(shape.ff)
+    if name == "deepseek":
+        metadata[f"{name}.leading_dense_block_count"] = u32(2)
+        metadata[f"{name}.expert_shared_count"] = u32(1)
     if name == "gemma2":
         metadata[f"{name}.attn_logit_softcapping"] = f32(50)
         metadata[f"{name}.final_logit_softcapping"] = f32(30)
@@ -142,7 +145,7 @@ def _metadata(shape: Shape) -> dict[str, Entry]:
 
 def _tensors(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:
     """Names and dimensions, the fastest first."""
-    width, ff = shape.width, shape.ff
+    name, width = shape.architecture, shape.width
     keys = shape.kv_heads * shape.head
     result: list[tuple[str, tuple[int, ...]]] = [("token_embd.weight", (width, len(VOCABULARY)))]
     if shape.rope_freqs:
@@ -156,22 +159,39 @@ def _tensors(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:
             "attn_output.weight": (width, width),
             "ffn_norm.weight": (width,),
         }
-        if shape.experts:
-            own["ffn_gate_inp.weight"] = (width, shape.experts)
-            for part, dimensions in (("gate", (width, ff)), ("down", (ff, width)), ("up", (width, ff))):
-                own[f"ffn_{part}_exps.weight"] = (*dimensions, shape.experts)
-        else:
-            own |= {
-                "ffn_gate.weight": (width, ff),
-                "ffn_down.weight": (ff, width),
-                "ffn_up.weight": (width, ff),
-            }
+        own |= {f"ffn_{part}.weight": dimensions for part, dimensions in _feed_forward(shape).items()}
+        if shape.experts and name != "deepseek":
+            _mix(own, shape)
         _adapt(own, shape, keys)
+        if name == "deepseek" and layer >= 2:
+            _mix(own, shape)
         result += [(f"blk.{layer}.{key}", dimensions) for key, dimensions in own.items()]
     result.append(("output_norm.weight", (width,)))
     if not shape.tied:
         result.append(("output.weight", (width, len(VOCABULARY))))
     return result
+
+
+def _feed_forward(shape: Shape) -> dict[str, tuple[int, ...]]:
+    width, ff = shape.width, shape.ff
+    return {"gate": (width, ff), "down": (ff, width), "up": (width, ff)}
+
+
+def _mix(own: dict[str, tuple[int, ...]], shape: Shape) -> None:
+    """Make it a layer of experts, with a shared one where the architecture has such."""
+    name, width = shape.architecture, shape.width
+    own["ffn_gate_inp.weight"] = (width, shape.experts)
+    for part, dimensions in _feed_forward(shape).items():
+        del own[f"ffn_{part}.weight"]
+        own[f"ffn_{part}_exps.weight"] = (*dimensions, shape.experts)
+        if name in ("qwen2moe", "deepseek"):
+            own[f"ffn_{part}_shexp.weight"] = dimensions
+        if name == "gpt-oss":
+            own[f"ffn_{part}_exps.bias"] = (dimensions[1], shape.experts)
+    if name == "qwen2moe":
+        own["ffn_gate_inp_shexp.weight"] = (width,)
+    if name == "gpt-oss":
+        own["ffn_gate_inp.bias"] = (shape.experts,)
 
 
 def _adapt(own: dict[str, tuple[int, ...]], shape: Shape, keys: int) -> None:
@@ -190,10 +210,15 @@ def _adapt(own: dict[str, tuple[int, ...]], shape: Shape, keys: int) -> None:
         own |= {"post_attention_norm.weight": (width,), "post_ffw_norm.weight": (width,)}
     if name == "seed_oss":
         own["post_attention_norm.weight"] = own.pop("ffn_norm.weight")
-    if name == "qwen2moe":
-        own["ffn_gate_inp_shexp.weight"] = (width,)
-        for part, dimensions in (("gate", (width, ff)), ("down", (ff, width)), ("up", (width, ff))):
-            own[f"ffn_{part}_shexp.weight"] = dimensions
+    if name == "gpt-oss":
+        own |= {
+            "attn_q.bias": (width,),
+            "attn_k.bias": (keys,),
+            "attn_v.bias": (keys,),
+            "attn_output.bias": (width,),
+        }
+        own["post_attention_norm.weight"] = own.pop("ffn_norm.weight")
+        own["attn_sinks.weight"] = (shape.heads,)
     if name == "phi3":
         del own["attn_q.weight"], own["attn_k.weight"], own["attn_v.weight"], own["ffn_gate.weight"]
         own["attn_qkv.weight"] = (width, width + 2 * keys)

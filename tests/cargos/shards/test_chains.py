@@ -28,6 +28,8 @@ CASES = {
     "gemma3-period": {"architecture": "gemma3", "window": 5, "pattern": 2},
     "gemma3-listed": {"architecture": "gemma3", "window": 5, "pattern": [False, True, False, True]},
     "gemma3-full": {"architecture": "gemma3"},
+    "gpt-oss": {"experts": 4, "tied": False, "window": 5},
+    "deepseek": {"experts": 4, "tied": False, "kv_heads": 4},
     "phi3": {"tied": False},
     "granite": {},
     "olmo2": {"tied": False},
