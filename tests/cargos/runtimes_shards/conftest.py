@@ -12,39 +12,60 @@ from typing import Any
 import pytest
 import trio
 
+from cargos.resolve import builtin_catalogue
 from cargos.runtimes.base import Finished, Tokens
 from cargos.runtimes.shards import ShardHead, ShardOptions, ShardStage, open_stage
 from cargos.runtimes.shards.base import Computed, Lost, Refused, StageSpec, Wanted
 from cargos.shards.cut import cut
 from cargos.shards.dtypes import row_bytes
+from cargos.store import CargoStore
 from protocol.ring import Dtype
 from protocol.work import Generation
 
-LAYERS = 30
 WIDTH = 576
 CONTEXT = 320
 
 
 @pytest.fixture(scope="session")
-def slice_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], str]:
-    """`slice_path(first, last)`: the demo model's layers, cut once for all tests."""
+def gemma_path() -> Path:
+    """The second real model: another architecture, sliding windows, a large vocabulary tied at both ends."""
+    entry = builtin_catalogue().lookup("gemma3-270m")
+
+    async def ensure() -> dict[str, Path]:
+        return await CargoStore().ensure(entry.manifest, base=entry.base)
+
+    return next(path for name, path in trio.run(ensure).items() if name.endswith(".gguf"))
+
+
+@pytest.fixture(scope="session")
+def slice_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int, int], str]:
+    """`slice_path(model, first, last)`: a model's layers, cut once for all tests."""
     folder = tmp_path_factory.mktemp("slices")
 
-    def build(first: int, last: int) -> str:
-        path = folder / f"{first}-{last}.gguf"
+    def build(model: Path, first: int, last: int) -> str:
+        path = folder / f"{model.stem}.{first}-{last}.gguf"
         if not path.exists():
-            cut(smollm2_path, path, first, last)
+            cut(model, path, first, last)
         return str(path)
 
     return build
 
 
 @pytest.fixture
-def stage_spec(slice_path: Callable[[int, int], str]) -> Callable[..., StageSpec]:
-    """`stage_spec(first, last, slots=2)`."""
+def stage_spec(slice_path: Callable[[Path, int, int], str], smollm2_path: Path) -> Callable[..., StageSpec]:
+    """`stage_spec(first, last, slots=2)`: of the demo model, if no other is named."""
 
-    def build(first: int, last: int, *, slots: int = 4, context_length: int = CONTEXT) -> StageSpec:
-        return StageSpec("slice", slice_path(first, last), first, last, LAYERS, context_length, slots=slots)
+    def build(
+        first: int,
+        last: int,
+        *,
+        slots: int = 4,
+        draft_path: str | None = None,
+        model: Path | None = None,
+        layers: int = 30,
+    ) -> StageSpec:
+        path = slice_path(model or smollm2_path, first, last)
+        return StageSpec("slice", path, first, last, layers, CONTEXT, slots=slots, draft_path=draft_path)
 
     return build
 
@@ -165,13 +186,27 @@ def ring(stage_spec: Callable[..., StageSpec]) -> Callable[..., AbstractAsyncCon
 
     @asynccontextmanager
     async def build(
-        *cuts: int, dtype: Dtype = "f32", slots: int = 4, drafts: bool = False, **options: Any
+        *cuts: int,
+        dtype: Dtype = "f32",
+        slots: int = 4,
+        drafts: bool = False,
+        draft_path: str | None = None,
+        model: Path | None = None,
+        layers: int = 30,
+        **options: Any,
     ) -> AsyncGenerator[Ring]:
         made = Ring(dtype)
-        edges = [0, *cuts, LAYERS]
+        edges = [0, *cuts, layers]
         async with AsyncExitStack() as stack:
             for index in range(len(edges) - 1):
-                spec = stage_spec(edges[index], edges[index + 1], slots=slots)
+                spec = stage_spec(
+                    edges[index],
+                    edges[index + 1],
+                    slots=slots,
+                    draft_path=draft_path,
+                    model=model,
+                    layers=layers,
+                )
                 stage = await stack.enter_async_context(
                     open_stage(spec, partial(made.on_event, index), ShardOptions(drafts=drafts, **options))
                 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import trio
 
 from cargos.runtimes.base import RuntimeSpec
 from cargos.runtimes.llama import open_llama
+from protocol.work import Generation, Sampling, TextPrompt
 
 QUESTIONS = ["What is the capital of France?", "Write a story about the sea.", "List three colours."]
 
@@ -59,3 +61,23 @@ async def test_sessions_at_once_do_not_disturb_each_other(ring, works, whole):
             assert answers[n][0] == whole[n % len(works)].ids
         batched = [event for index, event in chain.computed if index == 0]
         assert {event.session for event in batched} == {f"s{n}" for n in range(4)}
+
+
+@pytest.mark.model
+async def test_another_architecture_too(ring, ask, gemma_path):
+    """Sliding windows, scaled embeddings, residuals far beyond half precision."""
+    prompt = TextPrompt("The capital of France is Paris. The capital of Italy is Rome. The capital of")
+    works = [
+        Generation(prompt, Sampling(seed=1, temperature=0.0), max_tokens=10, deterministic=True),
+        Generation(prompt, Sampling(seed=7, temperature=0.9), max_tokens=10, deterministic=True),
+    ]
+    spec = RuntimeSpec("whole", {"m.gguf": str(gemma_path)}, 320, slots=2, threads=1)
+    async with open_llama(spec) as runtime:
+        whole = [await ask(runtime, work) for work in works]
+    async with ring(7, 12, model=gemma_path, layers=18) as chain:
+        for work, expected in zip(works, whole, strict=True):
+            ids, _ = await chain.ask(work)
+            assert ids == expected.ids
+    async with ring(9, model=gemma_path, layers=18, dtype="f16s") as chain:
+        ids, _ = await chain.ask(msgspec.structs.replace(works[0], deterministic=False, max_tokens=4))
+        assert ids == whole[0].ids[:4]

@@ -31,6 +31,18 @@ async def test_drafts_change_nothing_but_how_often_the_ring_is_gone_round(ring, 
 
 
 @pytest.mark.model
+async def test_a_small_model_may_draft(ring, chat, smollm2_path):
+    """Played by the whole model, which is nearly always right."""
+    work = chat("Write a story about the sea.", max_tokens=30, temperature=0.3, seed=2)
+    async with ring(15) as plain:
+        expected, _ = await plain.ask(work)
+    async with ring(15, drafts=True, draft_path=str(smollm2_path)) as drafting:
+        ids, _ = await drafting.ask(work, trip_ns=5_000_000_000)
+        assert ids == expected
+        assert len(drafting.wanted) < len(expected) / 2
+
+
+@pytest.mark.model
 async def test_a_paused_head_makes_no_token_past_its_grant(ring, chat):
     work = chat(REPEAT, max_tokens=30)
     async with ring(15, drafts=True) as chain:
