@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +11,6 @@ import trio
 
 from cargos.errors import CargoError, WrongContent
 from cargos.manifest import CargoFile
-from cargos.part import store_errors
 from cargos.shards.pieces import PieceFile, check_list, hash_pieces
 from cargos.store import CargoStore
 from node.pieces.server import PieceSource
@@ -95,7 +95,7 @@ class Shelf:
         """The files of which something is here (SHA-256). May take a second per GB the first time: a file whose
         piece list is not known is hashed. Cancelled between pieces, if called by `trio.to_thread`.
 
-        Raises StoreUnusable.
+        Raises StoreUnusable (the list of Cargos can not be read).
         """
         for cargo in self._store.list():
             self.know(*cargo.manifest.files)
@@ -134,7 +134,7 @@ class Shelf:
                 check_list(file, hashes)
             except WrongContent:
                 return None
-            with store_errors(kept):
+            with suppress(OSError):  # a store that we may only read: hashed again after the next start
                 new = kept.with_name(f"{kept.name}.{os.getpid()}.new")
                 new.write_bytes(hashes)
                 new.replace(kept)

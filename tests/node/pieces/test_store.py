@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -12,9 +13,10 @@ import trio
 from cargos.errors import FetchFailed, StoreUnusable
 from cargos.manifest import CargoFile, Licence, Manifest, Needs, RuntimeType
 from cargos.progress import FetchProgress
-from cargos.shards.pieces import PieceFile
+from cargos.shards.pieces import PieceFile, hash_pieces
 from cargos.sources.settings import FetchSettings
 from cargos.store import CargoStore
+from node.pieces import sources
 from node.pieces.sources import Shelf
 
 
@@ -81,6 +83,27 @@ async def test_a_whole_file_is_served_once_its_list_is_known(stocked, make_whole
     assert not blob.with_suffix(".pieces").exists()
     assert await trio.to_thread.run_sync(shelf.look) == frozenset()
     assert shelf.open(whole.file.sha256) is None
+
+
+async def test_a_store_that_may_only_be_read_is_served_and_hashed_once(
+    stocked, make_whole, monkeypatch
+) -> None:
+    whole = make_whole(10)
+    hashed: list[Path] = []
+
+    def hash_once(path, *arguments):
+        hashed.append(path)
+        return hash_pieces(path, *arguments)
+
+    def refuse(*_: object) -> int:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(sources, "hash_pieces", hash_once)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    shelf = Shelf(stocked)
+    for _ in range(2):
+        assert await trio.to_thread.run_sync(shelf.look) == {whole.file.sha256}
+    assert len(hashed) == 1
 
 
 async def test_pieces_on_their_way_are_served(store, make_whole) -> None:
