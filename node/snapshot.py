@@ -125,7 +125,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     pieces: PiecesSnapshot | None = None
 
 
-def _shards(host: ShardHost) -> tuple[CargoSnapshot, ...]:
+def shard_snapshots(host: ShardHost) -> tuple[CargoSnapshot, ...]:
     return tuple(_shard(digest, shard) for digest, shard in host.shards.items())
 
 
@@ -193,7 +193,7 @@ def snapshot(state: IslandState) -> Snapshot:
             )
             for digest, hosted in state.cargos.items()
         )
-        + (() if state.shards is None else _shards(state.shards)),
+        + (() if state.shards is None else shard_snapshots(state.shards)),
         peers=tuple(
             PeerSnapshot(
                 peer=view.peer or "",

@@ -55,6 +55,10 @@ MAX_WARMING: Final = 16
 #: An upstream that said nothing for this long (pings count) makes room for another one.
 IDLE_UPSTREAM_S: Final = 30.0
 
+#: A link that we opened and on which nothing was sent for this long is used by no session: those ping it
+#: several times a second. Until then the next session finds it open.
+IDLE_DOWNSTREAM_S: Final = 60.0
+
 #: To dial, agree on keys and open a stream. Whoever waits for a token has another stage to ask.
 OPEN_S: Final = 5.0
 
@@ -139,10 +143,12 @@ class _Link:
     wanted: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     heard_at: float = field(default_factory=trio.current_time)
+    used_at: float = field(default_factory=trio.current_time)
     reason: str = ""
 
     def put(self, message: ToStage | FromStage) -> bool:
         """Send it now or later. False: too much is lying here already."""
+        self.used_at = trio.current_time()
         if self.stream is not None and not self.outbox and not self.sending:
             weight = weight_of(message)
             if weight < _SMALL_BYTES:
@@ -203,6 +209,7 @@ class RingLinks:
         self._warming: set[PeerId] = set()
         self._closed = False
         host.handle(RING_PROTOCOL, self._serve, bulk=True)
+        nursery.start_soon(self._end_idle)
 
     @property
     def downstreams(self) -> tuple[PeerId, ...]:
@@ -255,6 +262,13 @@ class RingLinks:
         self._closed = True
         for link in (*self._down.values(), *self._up.values()):
             link.end("this node is shutting down")
+
+    async def _end_idle(self) -> None:
+        while True:
+            await trio.sleep(IDLE_DOWNSTREAM_S / 4)
+            for peer, link in tuple(self._down.items()):
+                if trio.current_time() - link.used_at >= IDLE_DOWNSTREAM_S:
+                    self.drop(peer, "not used")
 
     # --- out ------------------------------------------------------------------------------------------
 

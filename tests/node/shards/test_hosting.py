@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from rich.console import Console
 
 import node.shards.hosting as hosting_module
 from cargos.catalogue import CargoEntry
@@ -24,6 +26,8 @@ from node.rpc import Refused
 from node.shards.hosting import ShardHost, share_out, whole_mib, words_of
 from node.shards.kept import FILE_NAME, read_kept
 from node.shards.ring import open_ring
+from node.snapshot import CounterSnapshot, Snapshot, shard_snapshots
+from node.status import render_status
 from protocol.adverts import ShardRange
 from protocol.ring import HoldShard, ShardHeld
 
@@ -240,3 +244,20 @@ def test_words() -> None:
     assert words_of(0, 10, 30) == "layers 0-9 of 30"
     assert words_of(29, 30, 30) == "layer 29 of 30"
     assert words_of(0, 0, 30) == "room for layers of 30"
+
+
+async def test_status_says_which_layers(island, until) -> None:
+    async with island() as one:
+        await one.order(0, 10)
+        await until(lambda: one.shard.state == "ready")
+        (cargo,) = shard_snapshots(one.host)
+        assert (cargo.state, cargo.shard.words) == ("ready", "layers 0-9 of 30")
+        counters = CounterSnapshot(0, 0, 0, 0, 0, 0)
+        shown = Snapshot("isle", "p", (), 1.0, False, (cargo,), (), (), counters)  # noqa: FBT003 - draining
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(render_status(shown, None, 0.0))
+        text = console.export_text()
+        assert "layers 0-9 of 30" in text
+        assert "0/4" in text
+        again = msgspec.json.decode(msgspec.json.encode(shown), type=Snapshot)
+        assert again.cargos[0].shard.layers == 30
