@@ -29,7 +29,7 @@ from cargos.shards.gguf import Header, Incomplete, parse_header_untrusted
 from cargos.shards.layout import Model, model_of, ranges_of, slice_of
 from cargos.shards.pieces import PieceFile, pieces_of_ranges, remove_pieces
 from cargos.sources.ranges import fetch_list, fetch_pieces
-from cargos.store import SPACE_MARGIN_BYTES, CargoStore, PieceFetcher, lies_here
+from cargos.store import SPACE_MARGIN_BYTES, TELL_S, CargoStore, PieceFetcher, lies_here
 from protocol.limits import MIB
 
 #: Raised when slices are cut in another way, so that old ones are not taken for new ones.
@@ -237,11 +237,7 @@ class _Job:
         if missing:
             self._check_space(sum(map(pieces.size_of, missing)))
         if missing and self._fetch is not None:
-            self._say("peers", *_have(pieces, wanted), "downloading")
-            try:
-                await self._fetch(self._file, missing, pieces)
-            except SourceFailed as error:
-                self._causes.append(("peers", error))
+            await self._ask_peers(self._fetch, missing, pieces, wanted)
             missing = pieces.missing(wanted)
         for source, locator in remotes:
             if missing:
@@ -253,6 +249,27 @@ class _Job:
         if missing and self._fetch is not None:
             self._causes.append(("peers", SourceFailed(f"no peer had {len(missing)} of {len(wanted)} pieces")))
         return not missing
+
+    async def _ask_peers(
+        self, fetch: PieceFetcher, missing: Sequence[int], pieces: PieceFile, wanted: Sequence[int]
+    ) -> None:
+        async def report() -> None:
+            while True:
+                self._say("peers", *_have(pieces, wanted), "downloading")
+                await trio.sleep(TELL_S)
+
+        failure: CargoError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(report)
+            try:
+                await fetch(self._file, missing, pieces)
+            except CargoError as error:  # raised outside, so that it comes without a group
+                failure = error
+            nursery.cancel_scope.cancel()
+        if isinstance(failure, SourceFailed):
+            self._causes.append(("peers", failure))
+        elif failure is not None:
+            raise failure
 
     async def _obtain_from(
         self, source: str, locator: _Remote, pieces: PieceFile, wanted: Sequence[int]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import trio
 
-from cargos.errors import CargoError, FetchFailed
+from cargos.errors import CargoError, FetchFailed, SourceFailed, StoreUnusable
 from cargos.manifest import CargoFile, Licence, Manifest, Needs, RuntimeType
 from cargos.shards.architectures import CanNotCut
 from cargos.shards.cut import cut, read_header, read_model
@@ -110,6 +110,26 @@ async def test_of_pieces_from_peers_only_those_that_are_needed(model, shards, tm
             assert set(peers.asked) >= needed
             assert len(peers.asked) < manifest.files[0].pieces * 2 // 3
     assert set(peers.asked.values()) == {1}, "a piece that is here is not asked for again"
+
+
+async def test_peers_that_fail(model, shards, tmp_path, server):
+    """What a peer does is no reason to give up; what our disk says is."""
+    path, manifest, hashes = model
+    server.serve("/m.gguf", path.read_bytes())
+    server.serve("/m.gguf.pieces", hashes)
+    manifest = with_sources(manifest, f"{server.url}/m.gguf")
+
+    async def full(*_):
+        raise StoreUnusable("the disk is full")
+
+    with pytest.raises(StoreUnusable, match="full"):
+        await shards.ensure(manifest, 2, 4, base=tmp_path, fetch_pieces=full)
+
+    async def gone(*_):
+        raise SourceFailed("no peer answers")
+
+    got = await shards.ensure(manifest, 2, 4, base=tmp_path, fetch_pieces=gone)
+    assert got.read_bytes() == expected(path, tmp_path, 2, 4)
 
 
 async def test_what_peers_lack_comes_from_the_server(model, shards, tmp_path, server):
