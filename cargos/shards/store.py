@@ -18,6 +18,7 @@ import msgspec
 import trio
 
 from cargos.errors import CargoError, FetchFailed, SourceFailed, StoreUnusable
+from cargos.from_peers import PieceFetcher
 from cargos.locator import HttpLocator, HubLocator, is_local, parse_locator_untrusted
 from cargos.lock import file_lock
 from cargos.manifest import CargoFile, Manifest, Sharding
@@ -29,7 +30,7 @@ from cargos.shards.gguf import Header, Incomplete, parse_header_untrusted
 from cargos.shards.layout import Model, model_of, ranges_of, slice_of
 from cargos.shards.pieces import PieceFile, pieces_of_ranges, remove_pieces
 from cargos.sources.ranges import fetch_list, fetch_pieces
-from cargos.store import SPACE_MARGIN_BYTES, TELL_S, CargoStore, PieceFetcher, lies_here
+from cargos.store import SPACE_MARGIN_BYTES, CargoStore, lies_here
 from protocol.limits import MIB
 
 #: Raised when slices are cut in another way, so that old ones are not taken for new ones.
@@ -39,6 +40,8 @@ CUT_VERSION: Final = 1
 FIRST_HEADER_BYTES: Final = 2 * MIB
 FIRST_HEADER_SHARE: Final = 16
 HEADER_GROWTH: Final = 3
+#: How often the progress of a fetch from peers is told.
+_TELL_S: Final = 0.25
 
 _Remote: TypeAlias = HttpLocator | HubLocator
 
@@ -256,7 +259,7 @@ class _Job:
         async def report() -> None:
             while True:
                 self._say("peers", *_have(pieces, wanted), "downloading")
-                await trio.sleep(TELL_S)
+                await trio.sleep(_TELL_S)
 
         failure: CargoError | None = None
         async with trio.open_nursery() as nursery:
