@@ -35,6 +35,9 @@ VOCABULARY_LAYERS: Final = 4
 #: Assumed where neither a measurement nor coordinates tell the distance: farther than most pairs on earth.
 UNKNOWN_RTT_NS: Final = 250 * MILLISECOND_NS
 
+#: Of a hop's time, what is work at the very least.
+LEAST_WORK_DIVISOR: Final = 4
+
 #: Rows that a stage computes in one step at most; a prompt's chunk (cargos/runtimes/shards).
 CHUNK_ROWS: Final = 63
 
@@ -231,8 +234,11 @@ def cost_of(stages: Sequence[tuple[P, Speed, int, int]], rtt_of: Rtt[P], prompt_
 def measured_layer_ns(work: StageWork, rtt_ns: int | None) -> int:
     """Time of a row in one layer as the stage before this one saw it: what is left of its hop without the round
     trip. 0 if it says nothing. A claim of the chain's own: weigh it as one.
+
+    Round trips are estimates, often too long ones: at least a part of the hop is taken to be work, so that
+    nobody seems to compute in no time.
     """
     layers = work.last - work.first
     if layers < 1 or not work.hop_ns:
         return 0
-    return max(1, (work.hop_ns - (rtt_ns or 0)) // layers)
+    return max(1, max(work.hop_ns - (rtt_ns or 0), work.hop_ns // LEAST_WORK_DIVISOR) // layers)
