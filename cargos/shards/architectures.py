@@ -35,7 +35,8 @@ class Architecture:
     `scaled_rows`: it multiplies the rows that come in by sqrt(width), also where they are activations of
     a layer before; who feeds a slice must divide (key `slice.input_scale`). `embedding_keys`: metadata that
     act on what comes in, and belong to the slice with the embeddings only. `odd_layers`: a number of layers by
-    which the library knows a model that it treats differently. `leading_dense`: its first layers have no
+    which the library knows a model whose attention it scales by 1/sqrt(width/heads), not by 1/sqrt(size of a
+    head); `query_norm`: the norm of the queries can make up for it. `leading_dense`: its first layers have no
     experts, and how many they are is counted from the first layer of a file on.
     """
 
@@ -44,6 +45,7 @@ class Architecture:
     scaled_rows: bool = False
     embedding_keys: tuple[str, ...] = ()
     odd_layers: int = 0
+    query_norm: bool = False
     leading_dense: bool = False
 
 
@@ -59,7 +61,7 @@ KNOWN: Final[dict[str, Architecture]] = {
     "qwen3moe": _PLAIN,
     "gemma": Architecture(scaled_rows=True),
     "gemma2": Architecture(window=Window(2, always=True), scaled_rows=True, odd_layers=46),
-    "gemma3": Architecture(window=Window(6), odd_layers=62),
+    "gemma3": Architecture(window=Window(6), odd_layers=62, query_norm=True),
     "gpt-oss": Architecture(window=Window(2, always=True), own_head=True),
     "deepseek": Architecture(leading_dense=True),
     "phi3": _PLAIN,
@@ -108,7 +110,7 @@ def architecture_named(name: str, layers: int) -> Architecture:
             f"models of the architecture {excerpt(name)!r} can not be cut: {why}",
             f"It can run whole on one Island. What can be cut: {', '.join(KNOWN)}.",
         )
-    if known.odd_layers == layers:
+    if known.odd_layers == layers and not known.query_norm:
         raise CanNotCut(
             f"{name} of {layers} layers can not be cut: the library knows it by the number of layers and scales"
             " its attention differently",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Final
 from cargos.errors import CargoError
 from cargos.part import store_errors
 from cargos.shards.gguf import Header, Incomplete, parse_header_untrusted
-from cargos.shards.layout import Model, Segment, Slice, model_of, slice_of
+from cargos.shards.layout import Model, Scaled, Segment, Slice, model_of, slice_of
 from protocol.limits import KIB, MIB
 
 #: What is read of a file first: enough for the header of a model with a vocabulary of 32,000.
@@ -72,6 +73,8 @@ def write_slice(source: Path, target: Path, wanted: Slice) -> None:
                 _write_all(writer, wanted.header, 0)
                 for part in _joined(wanted.segments):
                     _copy(reader, writer, part)
+                for part in wanted.scaled:
+                    _write_all(writer, _scaled(reader, part), part.target)
                 os.fsync(writer)
             finally:
                 os.close(writer)
@@ -117,6 +120,14 @@ def _copy(reader: int, writer: int, part: Segment) -> None:
         if not copied:
             raise CargoError("the model's file shrank while it was cut", "Fetch it again.")
         done += copied
+
+
+def _scaled(reader: int, part: Scaled) -> bytes:
+    data = os.pread(reader, part.size, part.start)  # a norm: some hundred values
+    if len(data) != part.size:
+        raise CargoError("the model's file shrank while it was cut", "Fetch it again.")
+    count = part.size // 4
+    return struct.pack(f"<{count}f", *(value * part.factor for value in struct.unpack(f"<{count}f", data)))
 
 
 def _write_all(writer: int, data: bytes, at: int) -> None:

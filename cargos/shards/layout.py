@@ -58,7 +58,7 @@ _NOT_BY_LAYER: Final = frozenset(
 _EMBEDDING: Final = "token_embd.weight"
 _HEAD: Final = "output.weight"
 _HEAD_BIAS: Final = "output.bias"
-_NORM: Final = re.compile(r"output_norm\.(?:weight|bias)\Z")
+_QUERY_NORM: Final = ".attn_q_norm.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +73,23 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Scaled:
+    """As `Segment`, of float32 values that are multiplied by `factor`."""
+
+    target: int
+    start: int
+    size: int
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class Slice:
     """A slice's file, as header and places of its data in the whole file."""
 
     header: bytes
     segments: tuple[Segment, ...]
     size_bytes: int
+    scaled: tuple[Scaled, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +169,8 @@ def model_of(header: Header) -> Model:
 def sharding_of(model: Model) -> Sharding:
     """What a planner needs to know of the model: the manifest's `sharding` section."""
     shared = _size(model.shared)
+    # Of full height in both ends, where the library insists on a head of its own: zeros, but they are mapped.
+    stub = _stub(_HEAD, model.width, model.vocabulary).size_bytes if model.architecture.own_head else 0
     tokenizer = sum(
         len(entry.raw) for key, entry in model.header.metadata.items() if key.startswith("tokenizer.")
     )
@@ -167,16 +180,17 @@ def sharding_of(model: Model) -> Sharding:
         layers=model.layers,
         width=model.width,
         layer_bytes=tuple(_size(block) for block in model.blocks),
-        embedding_bytes=model.embedding.size_bytes + shared,
-        head_bytes=(model.head or model.embedding).size_bytes + bias + shared + tokenizer,
+        embedding_bytes=model.embedding.size_bytes + shared + stub,
+        head_bytes=(model.head or model.embedding).size_bytes + bias + shared + tokenizer + stub,
         kv_bytes=model.kv_bytes,
     )
 
 
 def ranges_of(model: Model, first: int, last: int) -> tuple[tuple[int, int], ...]:
     """The bytes of the whole file that a slice is made of, header included: (start, end) in rising order."""
+    wanted = slice_of(model, first, last)
     spans = [(0, model.header.data_start)]
-    spans += [(part.start, part.start + part.size) for part in slice_of(model, first, last).segments]
+    spans += [(part.start, part.start + part.size) for part in (*wanted.segments, *wanted.scaled)]
     merged: list[tuple[int, int]] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -207,12 +221,33 @@ def slice_of(model: Model, first: int, last: int) -> Slice:
     tensors += _ends(model, first, last)
     metadata = _metadata(model, first, last)
     header, starts, size = build_header(metadata, (new for new, _ in tensors), model.header.alignment)
-    segments = tuple(
-        Segment(at, old.start, old.size_bytes)
-        for at, (_, old) in zip(starts, tensors, strict=True)
-        if old is not None
-    )
-    return Slice(header, segments, size)
+    factor = _query_factor(model) if last - first < model.layers else 1.0
+    segments: list[Segment] = []
+    scaled: list[Scaled] = []
+    for at, (_, old) in zip(starts, tensors, strict=True):
+        if old is None:
+            continue
+        if factor != 1 and old.name.endswith(_QUERY_NORM):
+            scaled.append(Scaled(at, old.start, old.size_bytes, factor))
+        else:
+            segments.append(Segment(at, old.start, old.size_bytes))
+    return Slice(header, tuple(segments), size, tuple(scaled))
+
+
+def _query_factor(model: Model) -> float:
+    """What queries must be multiplied by in a slice, because the library does not know the model by its number
+    of layers any more (`Architecture.odd_layers`).
+    """
+    if model.architecture.odd_layers != model.layers:
+        return 1.0
+    norms = [tensor for block in model.blocks for tensor in block if tensor.name.endswith(_QUERY_NORM)]
+    if len(norms) != model.layers or any(tensor.type != TensorType.F32 for tensor in norms):
+        raise CanNotCut(
+            f"{model.name} of {model.layers} layers without norms of the queries", "It can run whole."
+        )
+    heads = _largest(model.header, f"{model.name}.attention.head_count")
+    size = model.header.integer(f"{model.name}.attention.key_length") or model.width // heads
+    return math.sqrt(size / (model.width // heads))
 
 
 def _ends(model: Model, first: int, last: int) -> list[tuple[NewTensor, Tensor | None]]:

@@ -51,11 +51,12 @@ class Shape:
     tied: bool = True
     seed: int = 1
     rope_freqs: bool = False
+    head_size: int = 0
     extra: dict[str, Entry] = field(default_factory=dict[str, Entry])
 
     @property
     def head(self) -> int:
-        return self.width // self.heads
+        return self.head_size or self.width // self.heads
 
 
 def write_model(path: Path, shape: Shape) -> Path:
@@ -153,10 +154,10 @@ def _tensors(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:
     for layer in range(shape.layers):
         own: dict[str, tuple[int, ...]] = {
             "attn_norm.weight": (width,),
-            "attn_q.weight": (width, width),
+            "attn_q.weight": (width, shape.heads * shape.head),
             "attn_k.weight": (width, keys),
             "attn_v.weight": (width, keys),
-            "attn_output.weight": (width, width),
+            "attn_output.weight": (shape.heads * shape.head, width),
             "ffn_norm.weight": (width,),
         }
         own |= {f"ffn_{part}.weight": dimensions for part, dimensions in _feed_forward(shape).items()}

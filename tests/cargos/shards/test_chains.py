@@ -90,3 +90,19 @@ def test_rows_are_scaled_back_by_the_stage_engine(architecture, synthetic, nativ
     logits = np.stack([stage.logits(index) for index in positions])
     assert np.abs(logits - expected).max() < 1e-3 * np.abs(expected).max()
     assert np.array_equal(logits.argmax(axis=1), expected.argmax(axis=1))
+
+
+def test_gemma3_of_62_layers_scales_its_attention_as_the_whole_does(synthetic, native, tmp_path):
+    """The library knows the model of 27 B by its 62 layers. A last bit may differ: the scale is in a norm."""
+    shape = synthetic.Shape(
+        architecture="gemma3", layers=62, width=32, heads=2, kv_heads=1, ff=32, head_size=32
+    )
+    whole = synthetic.write_model(tmp_path / "whole.gguf", shape)
+    expected = native.run_chain([whole], TOKENS, 0)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    cut(whole, paths[0], 0, 30)
+    cut(whole, paths[1], 30, 62)
+    got = native.run_chain(paths, TOKENS, 0)
+    assert np.abs(got - expected).max() < 1e-3 * np.abs(expected).max()
+    cut(whole, paths[0], 0, 62)
+    assert np.array_equal(native.run_chain(paths[:1], TOKENS, 0), expected)

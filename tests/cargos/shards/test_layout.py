@@ -118,7 +118,7 @@ REFUSED = [
     ({"architecture": "bert"}, "encoder"),
     ({"architecture": "gemma3n"}, "more than the row"),
     ({"architecture": "no-such-thing"}, "nobody has shown"),
-    ({"architecture": "gemma3", "layers": 62}, "knows it by the number of layers"),
+    ({"architecture": "gemma2", "layers": 46, "width": 32}, "knows it by the number of layers"),
     ({"extra": {"slice.of": number_entry(Kind.UINT32, 9)}}, "itself a slice"),
     ({"extra": {"split.count": number_entry(Kind.UINT16, 2)}}, "one of several"),
     ({"extra": {"llama.nextn_predict_layers": number_entry(Kind.UINT32, 1)}}, "predict several"),
