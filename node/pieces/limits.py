@@ -15,8 +15,8 @@ class ServeLimits:
     max_streams: int = 32
     """Each holds one chunk of a file in memory; more peers at once only make each of them slower."""
 
-    max_streams_per_peer: int = 4
-    """A peer needs one per file that it fetches."""
+    max_streams_per_peer: int = 8
+    """A peer needs one per file that it fetches; an Island that starts fetches all its Cargos at once."""
 
     read_bytes: int = 1 * MIB
     """Read per thread hop: it costs 40 us, reading 1 MiB some 200 us."""
