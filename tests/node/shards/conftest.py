@@ -133,6 +133,10 @@ class ToyStage:
             if position > len(memory.rows):
                 self.on_event(Refused(session, "invalid", f"a gap before {position}"))
                 continue
+            if len(payload) != 4 * rows:
+                self.memories.pop(session, None)
+                self.on_event(Refused(session, "invalid", f"{len(payload)} bytes are not {rows} rows"))
+                continue
             values = struct.unpack(f"<{rows}I", payload)
             memory.rows[position:] = values
             out = through_layers(memory.rows, self.first, self.last)

@@ -207,3 +207,21 @@ async def test_strangers_take_no_more_than_their_share(toys, until, answer) -> N
             await trio.sleep(1)  # orphans keep their slots for a while
             job = await toys.offer(chain, 5, "9" * 32)
     assert ids == answer(5, 12)
+
+
+async def test_links_that_break_are_made_anew(toys, answer) -> None:
+    nodes = await toys.nodes((0, 4), (4, 9), (9, 12))
+    for node in nodes:
+        node.stage.pace_s = 0.002
+    stream = await toys.offer(toys.chain_of(nodes), 60)
+    ids: list[int] = []
+    for node in nodes:
+        ids += (await toys.tokens(stream, until=8))[0]
+        for connection in node.host._bulk.all:  # noqa: SLF001
+            connection.abort("cut")
+    rest, done = await toys.tokens(stream)
+    assert ids + rest == answer(60, 12)
+    assert isinstance(done, JobDone)
+    assert [
+        share.peer for share in open_untrusted(done.receipt, RECEIPT_KIND, RECEIPT, UnixNs(0)).body.stages
+    ] == [node.host.peer for node in nodes]
