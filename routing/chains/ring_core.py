@@ -115,9 +115,10 @@ class RingCore:
             self._emit(Release(session.name))
 
     def _fail_upwards(self, session: Session, code: str, index: int, detail: str) -> None:
-        """It can not go on from here. A head tells its user (see there)."""
+        """It can not go on from here. A head tells its user (see there). Who feeds us next hears it, too."""
+        session.stuck = RingFault(session.name, code, index, detail)
         if session.upstream is not None:
-            self._send(session.upstream, RingFault(session.name, code, index, detail))
+            self._send(session.upstream, session.stuck)
 
     def _abandon(self, session: Session, code: str, detail: str) -> None:
         """It can not go on here; the stage before us will find somebody else."""
@@ -148,6 +149,7 @@ class RingCore:
         if session.outlet.peer != peer:
             self._links.detach(session.outlet.peer, session.name)
         session.outlet.turn_to(peer)
+        session.stuck = None
         if self._links.attach(now, peer, session.name):
             self._agenda.set(("ping", peer), after(now, self._policy.ping_ns))
         self._agenda.cancel(("retry", session.name))
@@ -166,10 +168,12 @@ class RingCore:
         if outlet.state is OutletState.OPEN and not message.again:
             return  # the answer to a changed account; what was sent meanwhile is on its way
         self._agenda.cancel(("open", session.name))
-        outlet.opened(message.have, message.turn)
+        # A head is ahead of us with its turns, so what we send it may be void by now; it will want it again.
+        to_head = session.next_index == len(session.chain.stages) - 1
+        outlet.opened(message.have, min(message.turn, session.turn) if to_head else message.turn)
         outlet.heard = now
         self._verify(session, message)
-        unknown = session.log.first_after(message.turn)
+        unknown = session.log.first_after(outlet.turn)
         if unknown is not None:
             outlet.rewind(unknown)
         self._pump(now, session)
@@ -272,12 +276,13 @@ class RingCore:
         outlet, index, chain = session.outlet, session.next_index, session.chain
         if outlet.state is OutletState.NONE:
             return
-        if outlet.peer in self._links:
+        to_head = index == len(chain.stages) - 1
+        if outlet.peer in self._links and not to_head:
             self._send(outlet.peer, RingEnd(session.name, replaced=True))
         self._links.detach(outlet.peer, session.name)
         self._agenda.cancel(("open", session.name))
         outlet.state = OutletState.NONE
-        if index == len(chain.stages) - 1:
+        if to_head:
             self._head_lost(now, session, reason)
             return
         lost = chain.stages[index]

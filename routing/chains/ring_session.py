@@ -13,7 +13,7 @@ import msgspec
 from protocol.envelope import Envelope
 from protocol.ids import PeerId
 from protocol.instants import Instant
-from protocol.ring import MARK_BYTES, MAX_LOSSES, Chain, Stage, StageLoss, StageWork
+from protocol.ring import MARK_BYTES, MAX_LOSSES, Chain, RingFault, Stage, StageLoss, StageWork
 from routing.chains.ring_intake import Intake
 from routing.chains.ring_log import RowLog
 from routing.chains.ring_policy import MAX_CUTS, SMOOTHING
@@ -148,6 +148,8 @@ class Session:
     turn: int = 0
     told: int = 0
     asked: bool = False
+    stuck: RingFault | None = None
+    """Why it can not go on from here, if so."""
     rows: int = 0
     compute_ns: int = 0
     tokens: bytearray = field(default_factory=bytearray)

@@ -102,6 +102,8 @@ class StageDuties(HeadDuties):
             self._connect(now, session)
         elif changed:
             self._pass_on(session)
+        if session.stuck is not None:
+            self._send(peer, session.stuck)
         self._acknowledge(now, session)
 
     def _new_head(self, now: Instant, peer: PeerId, session: Session, message: RingOpen) -> None:

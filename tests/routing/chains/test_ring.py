@@ -22,7 +22,7 @@ def drafting(dice: Dice, truth: list[int], prompt: int) -> Any:
         made = len(tokens) - prompt
         most = min(dice.below(6), goal - len(tokens) - 1)
         return [
-            truth[made + ahead] if dice.below(10) < 7 and made + ahead < len(truth) else dice.below(1000)
+            truth[made + ahead] if dice.below(10) < 6 and made + ahead < len(truth) else dice.below(1000)
             for ahead in range(max(0, most))
         ]
 
@@ -133,7 +133,17 @@ def test_a_stage_dies_between_tokens(case: Any, victim: str, how: str, determini
     assert max(ring.order.gaps) < 2 * SECOND_NS
 
 
-TROUBLES = ("kill", "kill", "freeze", "engine", "link", "twin")
+TROUBLES = ("kill", "kill", "head", "freeze", "engine", "link", "link", "twin")
+
+#: Spans within which the next trouble comes: while the one before is being mended, a little later, much later.
+SPANS_MS = (30, 150, 600)
+
+
+def plan_troubles(ring: Case, dice: Dice, count: int) -> None:
+    at = dice.below(500 * MILLISECOND_NS)
+    for _ in range(count):
+        ring.world.later(at, lambda: trouble(ring))
+        at += dice.below(dice.choice(SPANS_MS) * MILLISECOND_NS)
 
 
 def trouble(ring: Case) -> None:
@@ -146,6 +156,8 @@ def trouble(ring: Case) -> None:
         return
     for _ in range(2 if kind == "twin" else 1):
         able = [node for node in world.nodes.values() if not node.dead and not node.frozen]
+        if kind == "head":
+            able = [node for node in able if node.jobs] or able
         node = dice.choice(able)
         if kind == "engine":
             node.lose_engine()
@@ -172,10 +184,7 @@ def test_any_trouble_at_any_moment(case: Any, seed: int) -> None:
         policy=RingPolicy(log_bytes=dice.choice([0, 500, 1 << 20]), window_rows=dice.choice([1, 40, 512])),
         delay_ns=(1 + dice.below(40)) * MILLISECOND_NS,
     )
-    at = 0
-    for _ in range(1 + dice.below(6)):
-        at += dice.below(600 * MILLISECOND_NS)
-        ring.world.later(at, lambda: trouble(ring))
+    plan_troubles(ring, dice, 1 + dice.below(8))
     ring.finish()
     ring.is_clean()
 
@@ -197,9 +206,6 @@ def test_much_trouble_for_several_sessions(case: Any, seed: int) -> None:
         jobs=3,
         slots=dice.choice([2, 3, 64]),
     )
-    at = 0
-    for _ in range(4 + dice.below(10)):
-        at += dice.below(700 * MILLISECOND_NS)
-        ring.world.later(at, lambda: trouble(ring))
+    plan_troubles(ring, dice, 4 + dice.below(12))
     ring.finish(400 * SECOND_NS)
     ring.is_clean()
