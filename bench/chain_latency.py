@@ -81,6 +81,16 @@ def measure(
     return shares
 
 
+def tell(rtt_ms: float, shares: dict[str, list[float]]) -> None:
+    row(f"{rtt_ms:.0f} ms a round trip", "of the bound", "least", "most")
+    for label, cells in shares.items():
+        if "equal to" in label:
+            row(f"  {label}", f"{sum(cells):.0f} of {len(cells)}")
+        else:
+            row(label, f"{median(cells):.2f}", f"{min(cells):.2f}", f"{max(cells):.2f}")
+    sys.stdout.flush()
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench chain_latency", description=(__doc__ or "").split("\n")[0]
@@ -88,13 +98,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rtts", type=float, nargs="+", default=[25.0, 50.0, 100.0], metavar="MS")
     parser.add_argument("--stages", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--cargo", default=CARGO)
     parser.add_argument("--quick", action="store_true", help="one distance, one round, to see that it runs")
     arguments = parser.parse_args(argv)
     if reason := why_unavailable():
         print(f"no delay laboratory here: {reason}", file=sys.stderr)
         return 0
-    rtts, rounds, tokens = arguments.rtts, arguments.rounds, TOKENS
+    rtts, rounds, tokens = arguments.rtts, arguments.rounds, arguments.tokens
     if arguments.quick:
         rtts, rounds, tokens = rtts[:1], 1, 16
     stages = arguments.stages
@@ -109,22 +120,12 @@ def main(argv: list[str] | None = None) -> int:
     ):
         print(f"  {plain.layout_words()}")
         sides = {"no drafts": plain, "drafts": drafting}
-        labels: list[str] = []
-        table: list[dict[str, list[float]]] = []
         for rtt_ms in (0.0, *rtts):
             for lab in (plain_lab, draft_lab):
                 lab.set_delays(delays(stages, rtt_ms))
             for mesh in sides.values():  # round trips are measured anew
                 checked(mesh.ask("Count to ten.", 16))
-            table.append(measure(whole, sides, rtt_ms, stages=stages, rounds=rounds, tokens=tokens))
-            labels = list(table[-1])
-    row(f"share of the bound, {rounds} answers each", *(f"{rtt_ms:.0f} ms" for rtt_ms in (0.0, *rtts)))
-    for label in labels:
-        cells = [shares[label] for shares in table]
-        if "equal to" in label:
-            row(label, *(f"{sum(cell):.0f} of {len(cell)}" for cell in cells))
-        else:
-            row(label, *(f"{median(cell):.2f}" for cell in cells))
+            tell(rtt_ms, measure(whole, sides, rtt_ms, stages=stages, rounds=rounds, tokens=tokens))
     return 0
 
 
