@@ -343,7 +343,8 @@ class ShardHost:
             load = runtime.load()
             if load.state == "failed":
                 raise RuntimeFailed(load.detail)
-            self._note(shard, load.state, load.detail)
+            if shard.wanted == (first, last):  # else it drains, and others are told of what comes
+                self._note(shard, load.state, load.detail)
             if load.active:
                 shard.used_at = trio.current_time()
             await trio.sleep(_LOADING_LOOK_S if load.state == "loading" else _LOOK_S)

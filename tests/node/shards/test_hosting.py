@@ -211,7 +211,8 @@ async def test_the_first_order_counts(island, until, monkeypatch) -> None:
         assert one.shard.owner == OTHER
 
 
-async def test_sessions_end_before_layers_go(island, until) -> None:
+async def test_sessions_end_before_layers_go(island, until, monkeypatch) -> None:
+    monkeypatch.setattr(hosting_module, "_LOOK_S", 0.01)
     async with island() as one:
         await one.order(0, 10)
         await until(lambda: one.shard.state == "ready")
@@ -220,6 +221,8 @@ async def test_sessions_end_before_layers_go(island, until) -> None:
         await until(lambda: one.shard.first == 10)
         assert one.ring.held(one.digest).first == 0
         assert one.engine.open == 1
+        await trio.sleep(0.05)
+        assert one.shard.state == "fetching"  # not what it holds, but what it will
         del one.ring._engine_of["s" * 32]  # noqa: SLF001
         await until(lambda: one.shard.state == "ready" and one.ring.held(one.digest).first == 10)
 
