@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from cargos.errors import CargoError
 from protocol.limits import MIB
@@ -291,7 +291,7 @@ def _layers(text: str) -> tuple[int, int]:
 
 def _toml(value: object) -> str:
     if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"  # type: ignore[arg-type]
+        return f"[{', '.join(map(str, cast('tuple[int, ...]', value)))}]"
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 

@@ -44,7 +44,7 @@ async def fetch_joined(locator: JoinedLocator, part: Part, place: Workplace) -> 
     for index, source in enumerate(locator.parts):
         left = part.file.size_bytes - part.offset
         path = await _local(source, str(index), left, place)
-        await _each(path, source, part.write)
+        await _each(path, part.write)
         place.report("copying", part.offset, part.file.size_bytes)
         await trio.to_thread.run_sync(shutil.rmtree, place.scratch / str(index))
 
@@ -82,7 +82,7 @@ async def _whole(locator: HalvesLocator, limit: int, place: Workplace) -> Path:
         return await _local(source, "whole", limit, place)
     target = place.scratch / "joined.gguf"
     with store_errors(target):
-        writer = target.open("wb", buffering=0)
+        writer = target.open("wb")
     with writer:
 
         async def append(data: bytes) -> None:
@@ -91,7 +91,7 @@ async def _whole(locator: HalvesLocator, limit: int, place: Workplace) -> Path:
 
         for index, one in enumerate(source.parts):
             path = await _local(one, str(index), limit, place)
-            await _each(path, one, append)
+            await _each(path, append)
     return target
 
 
@@ -137,16 +137,14 @@ def _extract(wheel: Path, stream: IO[bytes], target: Path) -> None:
             file.write(data)
 
 
-async def _each(
-    path: Path, source: FileLocator | WheelLocator, write: Callable[[bytes], Awaitable[None]]
-) -> None:
+async def _each(path: Path, write: Callable[[bytes], Awaitable[None]]) -> None:
     """Pass the file on, in pieces of some MiB."""
     chunks = _read_all(path)
     try:
         while data := await trio.to_thread.run_sync(next, chunks, b""):
             await write(data)
     except OSError as error:
-        raise SourceFailed(f"reading {source} failed: {error.strerror}") from error
+        raise SourceFailed(f"reading {path.name} failed: {error.strerror}", "Check the disk.") from error
 
 
 def _read_all(path: Path) -> Iterator[bytes]:
@@ -159,3 +157,4 @@ def _append(writer: IO[bytes], data: bytes, limit: int) -> None:
     if writer.tell() + len(data) > limit:
         raise SourceFailed(f"the parts have more than {limit} bytes together", _HINT)
     writer.write(data)
+    writer.flush()  # so that a full disk shows here
