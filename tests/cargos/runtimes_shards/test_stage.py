@@ -152,6 +152,24 @@ async def test_a_stage_that_is_full_says_so_and_has_room_after_a_close(first):
 
 
 @pytest.mark.model
+async def test_sessions_move_together_when_one_between_them_ends(first):
+    """What is in memory moves along."""
+    stage, seen = first
+    for name in "abc":
+        stage.open(name, dtype="f32", prompt=4, deterministic=False)
+        stage.feed(name, 0, 6, ids(TOKENS[:6]))
+    for name in "abc":
+        await seen.rows_to(name, 6)
+    stage.close("b")
+    for name in "ac":
+        stage.feed(name, 6, 6, ids(TOKENS[6:]))
+    assert await seen.rows_to("a", 12) == await seen.rows_to("c", 12)
+    stage.open("d", dtype="f32", prompt=4, deterministic=False)
+    stage.feed("d", 0, 12, ids(TOKENS))
+    assert await seen.rows_to("d", 12) == seen.rows("a")
+
+
+@pytest.mark.model
 async def test_rows_that_are_no_numbers_are_refused(stage_spec, bytes_of_row):
     seen = Watched()
     async with open_stage(stage_spec(15, 20), seen.on_event) as stage:
