@@ -18,19 +18,16 @@ from typing import Final
 import msgspec
 
 from cargos.manifest import Sharding
+from gateway.chain_renewal import renewed
+from gateway.chain_shortage import Shortage, shortage_of
 from protocol.adverts import OfferedCargo
 from protocol.dice import Dice
 from protocol.ids import CargoDigest, PeerId
 from protocol.instants import SECOND_NS, Instant, after
 from protocol.ring import (
-    MAX_SPARES,
-    MAX_STAGES,
-    MIN_STAGES,
-    Chain,
+    Dtype,
     HoldShard,
     ShardHeld,
-    Stage,
-    StagePeer,
     StageWork,
 )
 from protocol.work import Work
@@ -117,19 +114,6 @@ class Layout:
         return frozenset((*self.stages, *self.spares))
 
 
-@dataclass(frozen=True, slots=True)
-class Shortage:
-    """`detail`: for people. What would do: so many Islands with as much room as those here have on average
-    (`room_mib`), or as many Islands as there are (`here`) with so much room each. None: nothing would.
-    """
-
-    detail: str
-    here: int
-    room_mib: int
-    enough_islands: int | None
-    enough_room_mib: int | None
-
-
 class Stepped(msgspec.Struct, frozen=True):
     """What a look at a Cargo gave. `wake`: look again then at the latest. `became_ready`: jobs may go on."""
 
@@ -192,6 +176,7 @@ class ChainBook:
         sharding_of: Callable[[str], Sharding | None],
         rtt_of: RttOf,
         dice: Dice,
+        dtype: Dtype = "f16s",
     ) -> None:
         self._islands = islands
         self._outlook = outlook
@@ -200,6 +185,7 @@ class ChainBook:
         self._sharding_of = sharding_of
         self._rtt_of = rtt_of
         self._dice = dice
+        self._dtype: Dtype = dtype
         self._cargos: dict[str, _Cargo] = {}
 
     # --- what others ask ----------------------------------------------------------------------------
@@ -256,7 +242,7 @@ class ChainBook:
             self._rtt_of,
             prompt_tokens=job.prompt_tokens,
             output_tokens=job.output_tokens,
-            dtype="f32" if work.deterministic else "f16s",
+            dtype="f32" if work.deterministic else self._dtype,
             consumer=self._me,
             dice=self._dice,
         )
@@ -487,67 +473,11 @@ class ChainBook:
         return lambda peer: round(cargo.layer_ns.get(peer, 0))
 
 
-def renewed(chain: Chain, holders: Sequence[Holder[PeerId]]) -> Chain | None:
-    """The chain with another head, if its head is gone and each other place has somebody alive."""
-    by_peer = {holder.peer: holder for holder in holders}
-
-    def alive(peer: StagePeer, stage: Stage) -> bool:
-        holder = by_peer.get(PeerId(peer.peer))
-        return holder is not None and (holder.first, holder.last) == (stage.first, stage.last)
-
-    *others, head = chain.stages
-    if alive(head.holder, head):
-        return None  # it lives: its session there is over, and those behind it, too
-    if not all(any(alive(one, stage) for one in (stage.holder, *stage.spares)) for stage in others):
-        return None
-    standing = {stage.holder.peer for stage in chain.stages}
-    behind = [spare for spare in head.spares if alive(spare, head) and spare.peer not in standing]
-    behind += [
-        StagePeer(holder.peer, holder.addresses)
-        for holder in holders
-        if (holder.first, holder.last) == (head.first, head.last)
-        and holder.peer not in standing
-        and all(spare.peer != holder.peer for spare in behind)
-    ]
-    if not behind:
-        return None
-    stage = msgspec.structs.replace(
-        head, holder=behind[0], spares=tuple(behind[1 : 1 + MAX_SPARES]), generation=head.generation + 1
-    )
-    return msgspec.structs.replace(chain, stages=(*others, stage))
-
-
 def _shape(sharding: Sharding, offers: Iterable[Offer]) -> ModelShape:
     """With memory for as many sequences as the Islands will take, by their own words."""
     slots = max((offered.slots for _, offered in offers), default=1)
     context = max((offered.context_length for _, offered in offers), default=0)
     return ModelShape.of_sharding(sharding, slots=max(1, slots), context=context)
-
-
-def shortage_of(shape: ModelShape, rooms: Sequence[int]) -> Shortage:
-    """Why nothing fits, and what would. `rooms`: bytes that each Island offers."""
-    here = len(rooms)
-    room = sum(rooms) // max(1, here)
-    most_mib = -(-shape.total_bytes // _MIB)
-
-    def fits(islands: int, room_bytes: int) -> bool:
-        """Each takes as many layers as it can; with equal rooms nothing goes farther."""
-        at = 0
-        for _ in range(islands):
-            ends = [end for end in range(at + 1, shape.layers + 1) if shape.bytes_of(at, end) <= room_bytes]
-            at = max(ends, default=at)
-        return at == shape.layers
-
-    islands = next((n for n in range(max(here, MIN_STAGES), MAX_STAGES + 1) if fits(n, room)), None)
-    count = min(max(here, MIN_STAGES), MAX_STAGES)
-    low, high = room // _MIB, most_mib
-    while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(count, middle * _MIB) else (middle, high)
-    enough = high if here >= MIN_STAGES and fits(count, high * _MIB) else None
-    offer = "Island offers" if here == 1 else "Islands offer"
-    detail = f"{most_mib} MiB are needed, {here} {offer} {sum(rooms) // _MIB} MiB"
-    return Shortage(detail, here, room // _MIB, islands, enough)
 
 
 def _room_bytes(offered: OfferedCargo) -> int:

@@ -12,7 +12,8 @@ import structlog
 import trio
 
 from dht.coordinates import estimate_ns
-from gateway.chain_book import ChainBook, Layout, Order, Shortage
+from gateway.chain_book import ChainBook, Layout, Order
+from gateway.chain_shortage import Shortage
 from gateway.mesh_book import MeshBook
 from gateway.service import StageInfo
 from gateway.work_done import WorkBook
@@ -24,7 +25,7 @@ from protocol.adverts import HELLO, METHOD_HELLO
 from protocol.dice import Dice
 from protocol.ids import CargoDigest, PeerId
 from protocol.instants import SECOND_NS, Instant
-from protocol.ring import METHOD_HOLD, SHARD_HELD, Chain, ShardHeld
+from protocol.ring import METHOD_HOLD, SHARD_HELD, Chain, Dtype, ShardHeld
 from protocol.work import Work
 from routing.job_events import Ask, Assignment, Full, NotYet, StageSeen
 from routing.requirements import Outlook, Requirements
@@ -70,6 +71,7 @@ class ChainKeeper:
         now: Callable[[], Instant],
         nursery: trio.Nursery,
         ready: Callable[[], None],
+        dtype: Dtype,
     ) -> None:
         self._peers = peers
         self._overlay = overlay
@@ -86,6 +88,7 @@ class ChainKeeper:
             sharding_of=work.sharding,
             rtt_of=self._rtt_ns,
             dice=Dice(overlay.dice.u64(), stream=7),
+            dtype=dtype,
         )
         self._me = me
         self._news = trio.Event()

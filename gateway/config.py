@@ -14,6 +14,7 @@ from node.settings import Settings, SettingsError
 from protocol.ids import PeerId
 from protocol.instants import MILLISECOND_NS
 from protocol.limits import DEFAULT_TOKEN_WINDOW, MAX_NAME_CHARS, MAX_TOKEN_WINDOW
+from protocol.ring import Dtype
 from routing.geography import JURISDICTIONS, Place
 from routing.job_events import SupervisionPolicy
 from routing.jurisdiction import MAX_LIARS, Residency
@@ -49,6 +50,7 @@ class MeshSettings(Settings, frozen=True):
     or any peers, to enter the overlay by. `trusted`: peer ids of coordinators whose word on karma counts in
     full. `karma_floor`: points that an Island must have to get jobs; empty: any. `jurisdictions`: an Island
     must be proven to stand in one of these (ISO country codes, EU), from `vantages`; empty: anywhere.
+    `activations`: how the stages of a chain pass on what they computed (docs/sharding.md); f32 changes nothing.
     """
 
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/4001",)
@@ -59,6 +61,7 @@ class MeshSettings(Settings, frozen=True):
     trusted: tuple[str, ...] = ()
     karma_floor: Annotated[float, Meta(ge=-1000, le=1_000_000)] | None = None
     jurisdictions: tuple[str, ...] = ()
+    activations: Dtype = "f16s"
     liars: Annotated[int, Meta(ge=0, le=MAX_LIARS)] = 1
     """Operators of vantage points that may lie without making a proof."""
 

@@ -16,10 +16,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +36,7 @@ from gateway.chat import figures, terminal_safe
 from gateway.chat_client import Answering, ChatClient, ChatFailed, Closed, HandedOver
 from gateway.chat_client import Text as AnswerText
 from gateway.connection import Connection, connection_path, remove_connection, write_connection
+from gateway.demo_children import Child, last_words, row_of
 from gateway.demo_screen import (
     ChainShown,
     IslandRow,
@@ -45,14 +45,12 @@ from gateway.demo_screen import (
     Tally,
     chain_untrusted,
     islands_table,
-    readable_untrusted,
     told_untrusted,
 )
 from gateway.demo_words import how_to, island_command, too_little
 from gateway.keys import new_key
-from node.control import NotRunning, Snapshot, ask_status
+from node.control import NotRunning, ask_status
 from node.runner import flatten
-from node.snapshot import ShardSnapshot
 from protocol.limits import MIB
 
 DEFAULT_PORT: Final = 8080
@@ -70,40 +68,15 @@ SETTLED_S: Final = 8.0
 READY_TIMEOUT_S: Final = 180
 #: How long a child may take to end before it is killed.
 STOP_S: Final = 5
-#: A child's last words, kept for the error message.
-LAST_LINES: Final = 30
 #: The Islands are asked this often, and the screen is drawn this often while something moves.
 ASK_S: Final = 0.5
 DRAW_S: Final = 0.1
-#: An Island that takes longer to say how it is gets shown as silent.
-STATUS_PATIENCE_S: Final = 0.4
 #: The answer to the first question: short, and the same at each start.
 ANSWER_OPTIONS: Final = {"max_tokens": 120, "temperature": 0.3, "seed": 1}
 
 
 class DemoFailed(Exception):
     """The demo can not go on; the message says why and what to do."""
-
-
-@dataclass(slots=True)
-class Child:
-    """One process of the demo."""
-
-    label: str
-    process: trio.Process
-    data_dir: Path
-    last_lines: deque[str] = field(default_factory=lambda: deque[str](maxlen=LAST_LINES))
-    stopping: bool = False
-    tokens: int = 0
-    asked: float = 0.0
-
-    @property
-    def fate(self) -> str | None:
-        """How it ended, or None while it runs."""
-        code = self.process.returncode
-        if code is None:
-            return None
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 def register(subparsers: Any) -> None:  # noqa: ANN401 - argparse has no public name for it
@@ -291,7 +264,7 @@ class Demo:
                         return
                     self._check_room()
                     await trio.sleep(0.1)
-        words = "\n".join(filter(None, map(_last_words, self._children)))
+        words = "\n".join(filter(None, map(last_words, self._children)))
         raise DemoFailed(f"the Islands were not ready within {READY_TIMEOUT_S} s\n{words}")
 
     def _check_room(self) -> None:
@@ -314,7 +287,7 @@ class Demo:
             return True
         for child in self._children[1:]:
             if child.fate is not None:
-                raise DemoFailed(f"{child.label} was not ready yet and {child.fate}\n{_last_words(child)}")
+                raise DemoFailed(f"{child.label} was not ready yet and {child.fate}\n{last_words(child)}")
             try:
                 snapshot = await ask_status(child.data_dir)
             except NotRunning:
@@ -378,7 +351,7 @@ class Demo:
             rows: dict[str, IslandRow] = {}
 
             async def look(child: Child, rows: dict[str, IslandRow] = rows) -> None:
-                rows[child.label] = await _row(child)
+                rows[child.label] = await row_of(child)
 
             async with trio.open_nursery() as nursery:
                 for child in self._children[1:]:
@@ -396,12 +369,12 @@ class Demo:
         if child.label != "gateway":
             self._say(f"{child.label} {child.fate}", style="red")
             if (child.process.returncode or 0) > 0:  # not killed: it says why
-                self._say(terminal_safe(_last_words(child)), style="red")
+                self._say(terminal_safe(last_words(child)), style="red")
             if all(other.fate is not None for other in self._children[1:]):
                 command = island_command(self._mesh, self._island_options)
                 self._say(f"no Island is left. Start one: {command}", style="yellow")
         elif self._url:  # else `_start` tells
-            words = _last_words(child) if child.process.returncode != -signal.SIGKILL else ""
+            words = last_words(child) if child.process.returncode != -signal.SIGKILL else ""
             raise DemoFailed(f"the gateway: {child.fate}; the Islands were stopped\n{words}".rstrip())
 
     async def _read_logs(self, child: Child) -> None:
@@ -455,7 +428,7 @@ class Demo:
                     return lines
             with trio.CancelScope(shield=True), trio.move_on_after(1):
                 await child.process.wait()
-        raise DemoFailed(f"the {child.label} did not start\n{_last_words(child)}")
+        raise DemoFailed(f"the {child.label} did not start\n{last_words(child)}")
 
     # --- end ----------------------------------------------------------------------------------------
 
@@ -497,50 +470,6 @@ class Demo:
 
     def _say(self, text: str, *, style: str = "") -> None:
         self._screen.line(text, style=style)
-
-
-async def _row(child: Child) -> IslandRow:
-    name, pid = child.label, child.process.pid
-    if child.fate is not None:
-        return IslandRow(name, pid, child.fate, "bold red")
-    snapshot: Snapshot | None = None
-    try:
-        with trio.move_on_after(STATUS_PATIENCE_S):
-            snapshot = await ask_status(child.data_dir)
-    except NotRunning:
-        pass
-    if snapshot is None or not snapshot.cargos:
-        return IslandRow(name, pid, "silent", "yellow")
-    cargo, load = snapshot.cargos[0], snapshot.cargos[0].load
-    rtt_ms = next((peer.rtt_ms for peer in snapshot.peers if peer.rtt_ms is not None), None)
-    jobs = len(snapshot.jobs)
-    if (shard := cargo.shard) is not None:
-        return _row_of_layers(child, cargo.state, shard, rtt_ms)
-    if cargo.state != "ready" or load is None:
-        return IslandRow(name, pid, cargo.state, "yellow", rtt_ms, jobs)
-    now = trio.current_time()
-    speed = (load.tokens_total - child.tokens) / (now - child.asked) if child.asked else None
-    child.tokens, child.asked = load.tokens_total, now
-    state, style = ("answering", "bold green") if jobs else ("ready", "green")
-    return IslandRow(name, pid, state, style, rtt_ms, jobs, load.tokens_total, speed, load.decode_tps)
-
-
-def _row_of_layers(child: Child, state: str, shard: ShardSnapshot, rtt_ms: float | None) -> IslandRow:
-    """Of an Island that holds layers: rows through them are what tokens are elsewhere."""
-    name, pid = child.label, child.process.pid
-    if state != "ready":
-        return IslandRow(name, pid, state, "yellow", rtt_ms, shard.active)
-    now = trio.current_time()
-    speed = (shard.rows - child.tokens) / (now - child.asked) if child.asked else None
-    child.tokens, child.asked = shard.rows, now
-    style = "bold green" if shard.active else "green"
-    return IslandRow(
-        name, pid, "computing" if shard.active else "ready", style, rtt_ms, shard.active, shard.rows, speed
-    )
-
-
-def _last_words(child: Child) -> str:
-    return "\n".join(f"  {child.label}: {readable_untrusted(line)}" for line in list(child.last_lines)[-5:])
 
 
 def _assignments(texts: list[str]) -> list[str]:

@@ -39,6 +39,7 @@ from protocol.envelope import Signer
 from protocol.ids import CargoDigest, JobId, PeerId
 from protocol.instants import Instant, UnixNs
 from protocol.jobs import FROM_ISLAND, JOB_PROTOCOL, TO_ISLAND
+from protocol.ring import Dtype
 from protocol.work import Work
 from routing.coordinator_events import CoordinatorEvent, IslandChanged, IslandGone
 from routing.following_events import FollowingEvent, IslandSeen, IslandUnseen
@@ -76,6 +77,7 @@ async def open_mesh(
     now: Callable[[], Instant],
     unix_now: Callable[[], UnixNs],
     requirements: Requirements = ANYTHING,
+    dtype: Dtype = "f16s",
 ) -> AsyncGenerator[Mesh]:
     """The mesh as this gateway sees it, until left."""
     with plain_errors():
@@ -89,6 +91,7 @@ async def open_mesh(
                 now=now,
                 unix_now=unix_now,
                 requirements=requirements,
+                dtype=dtype,
                 nursery=nursery,
             )
             following = FollowingService(
@@ -116,6 +119,7 @@ class Mesh:
         now: Callable[[], Instant],
         unix_now: Callable[[], UnixNs],
         requirements: Requirements,
+        dtype: Dtype,
         nursery: trio.Nursery,
     ) -> None:
         self.peer: Final = host.peer
@@ -149,6 +153,7 @@ class Mesh:
             now=now,
             nursery=nursery,
             ready=self._tell_jobs,
+            dtype=dtype,
         )
         self._followed: FollowedCargos | None = None
         self._filling: set[PeerId] = set()

@@ -115,6 +115,7 @@ async def run_gateway(
             now=monotonic_now,
             unix_now=unix_now,
             requirements=requirements,
+            dtype=settings.mesh.activations,
         ) as mesh,
         trio.open_nursery() as nursery,
     ):

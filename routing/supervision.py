@@ -62,6 +62,7 @@ from routing.job_events import (
     TokensReleased,
 )
 from routing.job_receipts import Facts, receipt_untrusted, stages_untrusted
+from routing.pace import Pace
 from routing.placement import most_prompt_tokens
 
 P = TypeVar("P")
@@ -76,16 +77,8 @@ MIN_RETRY_NS: Final = 50 * MILLISECOND_NS
 #: the last choice, because the coordinator's book suspects it.
 FAILED_COOLDOWN_NS: Final = 2 * SECOND_NS
 
-#: A running attempt's stall limit is this many times its mean gap between frames, within the policy's bounds.
-STALL_FACTOR: Final = 50
-GAP_WEIGHT: Final = 0.1
-
 #: Progress notices of one attempt: the longest prompt in chunks of 32 tokens gives 8,192, loading some hundred.
 MAX_PROGRESS_NOTICES: Final = 10_000
-
-#: Tokens, or time, from which on an attempt says something about an Island's speed.
-MIN_TIMED_TOKENS: Final = 8
-MIN_TIMED_NS: Final = SECOND_NS
 
 #: A job that waits for layers to be loaded asks this often how far that is; it is told when they are.
 NOT_YET_NS: Final = SECOND_NS
@@ -161,10 +154,7 @@ class JobSupervisor(Generic[P]):
         self._busy: frozenset[P] = frozenset()
         self._deadline = Instant(0)
         self._without_island_since: Instant | None = None
-        self._alive_at = Instant(0)
-        self._gap_ns = 0.0
-        self._timed_tokens = 0
-        self._timed_ns = 0
+        self._pace = Pace(Instant(0))
         self._notices = 0
         self._verdict: _Verdict[P] | None = None
         self._not_yet_until: Instant | None = None
@@ -241,11 +231,11 @@ class JobSupervisor(Generic[P]):
             yield from self._fail_attempt(now, self._peer, "stalled", timeout=True)
 
     def _message(self, now: Instant, peer: P, message: FromIsland) -> Effects[P]:
-        gap_ns = self._note_alive(now)
+        generating = self._state is _State.RUNNING and len(self._ids) > self._resumed_at
+        gap_ns = self._pace.heard(now, generating=generating)
         match message, self._state:
             case JobAccept(ahead=ahead), _State.OFFERED:
                 self._state = _State.RUNNING
-                self._gap_ns = 0.0
                 self._without_island_since = None
                 self._busy = frozenset()
                 yield Emit(JobPlaced(peer, ahead, self._placed, self._chain))
@@ -300,9 +290,7 @@ class JobSupervisor(Generic[P]):
         else:
             yield from self._refute(peer)
             self._ids.extend(token.id for token in message.tokens)
-            if gap_ns:
-                self._timed_tokens += len(message.tokens)
-                self._timed_ns += gap_ns
+            self._pace.took(len(message.tokens), gap_ns)
             yield Emit(TokensReleased(message.first, message.tokens))
 
     def _done(self, now: Instant, peer: P, message: JobDone) -> Effects[P]:
@@ -386,8 +374,7 @@ class JobSupervisor(Generic[P]):
         self._state = _State.OFFERED
         self._resumed_at = len(self._ids)
         self._granted = self._consumed + self._policy.window
-        self._alive_at = now
-        self._timed_tokens = self._timed_ns = self._notices = 0
+        self._pace, self._notices = Pace(now), 0
         left_ms = max(1, (self._deadline - now) // MILLISECOND_NS)
         yield Send(
             peer,
@@ -495,7 +482,7 @@ class JobSupervisor(Generic[P]):
         ):
             return
         if len(self._ids) >= self._granted:
-            self._alive_at = now  # it was paused by us; its time runs from now
+            self._pace.alive_at = now  # it was paused by us; its time runs from now
         self._granted = until
         yield Send(self._peer, JobGrant(until))
 
@@ -505,24 +492,15 @@ class JobSupervisor(Generic[P]):
 
     # --- time -------------------------------------------------------------------------------------
 
-    def _note_alive(self, now: Instant) -> int:
-        """Returns how long the Island was silent although it had tokens to make, 0 before its first."""
-        gap = 0
-        if self._state is _State.RUNNING and len(self._ids) > self._resumed_at:
-            gap = now - self._alive_at
-            self._gap_ns = gap if self._gap_ns == 0 else self._gap_ns + GAP_WEIGHT * (gap - self._gap_ns)
-        self._alive_at = now
-        return gap
-
     def _speed(self, peer: P) -> Effects[P]:
-        if self._timed_ns and (self._timed_tokens >= MIN_TIMED_TOKENS or self._timed_ns >= MIN_TIMED_NS):
-            yield Emit(SpeedSeen(peer, self._timed_tokens, self._timed_ns))
+        if (speed := self._pace.speed) is not None:
+            yield Emit(SpeedSeen(peer, *speed))
 
     def _state_limit(self) -> Instant | None:
         """When the present state has lasted too long; None: it may last (up to the deadline)."""
         policy = self._policy
         if self._state is _State.OFFERED:
-            return after(self._alive_at, policy.accept_ns)
+            return after(self._pace.alive_at, policy.accept_ns)
         if self._state is _State.WAITING:
             if self._without_island_since is None:
                 return None
@@ -531,13 +509,9 @@ class JobSupervisor(Generic[P]):
         if len(self._ids) >= self._granted:
             return None  # paused by the consumer, not stalled
         if len(self._ids) == self._resumed_at:
-            return after(self._alive_at, policy.first_token_ns)
-        if self._chain is not None:
-            return after(self._alive_at, policy.chain_stall_ns)
-        if self._gap_ns == 0:
-            return after(self._alive_at, policy.stall_ns)
-        adaptive = max(policy.stall_floor_ns, round(STALL_FACTOR * self._gap_ns))
-        return after(self._alive_at, min(policy.stall_ns, adaptive))
+            return after(self._pace.alive_at, policy.first_token_ns)
+        in_chain = self._chain is not None
+        return after(self._pace.alive_at, self._pace.stall_ns(policy, in_chain=in_chain))
 
     def _plausible(self, usage: Usage) -> bool:
         """Whether these counts can be true. `completion_tokens` is checked already."""
