@@ -94,6 +94,7 @@ CHARTS: Final[tuple[Spec, ...]] = (
     _Cdf("First token", "generations", "first_token_s", "s", "From the request on."),
     _Cdf("Gaps after a loss", "gaps", "gap_s", "s", "Between two tokens, where a stage or a head died."),
     _Lines("Ranges without a holder", "ranges without a holder", "ranges", "Places of the chains laid out."),
+    _Lines("Islands that joined", "Islands that joined busy ranges", "Islands", "Because sessions were many."),
     _Lines("Karma of attackers", "karma: attackers", "points, median", "By honest coordinators; +10 is paid."),
     _Lines("Karma of the honest", "karma: honest", "points, median", "By honest coordinators; +10 is paid."),
     _Bars(

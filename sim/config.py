@@ -201,7 +201,8 @@ class ChainSettings(Section, frozen=True, kw_only=True):
 
     Memory and speed of Islands are log-normal. `row_factor`: how much cheaper a further row in a step is than
     the first. `width`: values of a row between stages, two bytes each. `fetch_mbps`: how fast weights come.
-    `notice_s`: until others know that an Island is gone.
+    `notice_s`: until others know that an Island is gone. `balance_s`: the time constant of the ranges'
+    load, by which Islands with room join busy ones; 0: none do.
     """
 
     strategy: Literal["planner", "random", "greedy"] = "planner"
@@ -226,6 +227,7 @@ class ChainSettings(Section, frozen=True, kw_only=True):
     token_sigma: Annotated[float, Meta(ge=0, le=3)] = 0.5
     notice_s: Seconds = 4.0
     review_s: Annotated[float, Meta(gt=0, le=1e5)] = 5.0
+    balance_s: Seconds = 0.0
     grace_s: Seconds = 30.0
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias
 
 from protocol.instants import SECOND_NS, Instant
-from routing.chains.costs import Holder, ModelShape, P, Room
+from routing.chains.allocation import Allocation, allocate
+from routing.chains.costs import Holder, ModelShape, P, Room, Rtt
 
 _Range: TypeAlias = tuple[int, int]
 
@@ -93,14 +94,9 @@ class Balancer(Generic[P]):
         self, now: Instant, shape: ModelShape, rooms: Sequence[Room[P]], holders: Sequence[Holder[P]]
     ) -> tuple[Move[P], ...]:
         """Who should go where, at most `max_moves`; they count as moved from now on."""
-        round_ = _Round(self._policy, shape, holders, self._demand)
-        self._moved = {peer: (s, at) for peer, (s, at) in self._moved.items() if not self._is_over(now, at)}
-        arrived = {holder.peer: (holder.first, holder.last) for holder in holders}
-        for peer, (span, at) in self._moved.items():
-            if arrived.get(peer) != span and now - at < self._policy.patience_ns:
-                round_.expect(peer, span)
+        round_ = self._round(now, shape, holders)
         found: list[Move[P]] = []
-        bound = {peer for peer, (_, at) in self._moved.items() if now - at < self._policy.dwell_ns}
+        bound = self._bound(now)
         for _ in range(self._policy.max_moves):
             move = round_.best(rooms, bound)
             if move is None:
@@ -110,6 +106,42 @@ class Balancer(Generic[P]):
             round_.apply(move)
             found.append(move)
         return tuple(found)
+
+    def further(
+        self,
+        now: Instant,
+        shape: ModelShape,
+        rooms: Sequence[Room[P]],
+        holders: Sequence[Holder[P]],
+        rtt_of: Rtt[P],
+    ) -> tuple[Move[P], ...]:
+        """One more chain, if some layers are busy wherever they are held and nobody has room for one of those
+        ranges: smaller ones may fit. To be asked when `moves` has none.
+        """
+        if self._round(now, shape, holders).scarcest() < self._policy.busy_permille:
+            return ()
+        bound = self._bound(now)
+        free = [room for room in rooms if room.peer not in bound and not room.suspect]
+        found = allocate(shape, free, (), rtt_of, spares=0)
+        if not isinstance(found, Allocation):
+            return ()
+        for stage in found.stages:
+            self._moved[stage.peer] = ((stage.first, stage.last), now)
+        return tuple(Move(stage.peer, stage.first, stage.last) for stage in found.stages)
+
+    def _round(self, now: Instant, shape: ModelShape, holders: Sequence[Holder[P]]) -> _Round[P]:
+        """As it is, and with those who are on their way."""
+        round_ = _Round(self._policy, shape, holders, self._demand)
+        self._moved = {peer: (s, at) for peer, (s, at) in self._moved.items() if not self._is_over(now, at)}
+        arrived = {holder.peer: (holder.first, holder.last) for holder in holders}
+        for peer, (span, at) in self._moved.items():
+            if arrived.get(peer) != span and now - at < self._policy.patience_ns:
+                round_.expect(peer, span)
+        return round_
+
+    def _bound(self, now: Instant) -> set[P]:
+        """Those that moved lately."""
+        return {peer for peer, (_, at) in self._moved.items() if now - at < self._policy.dwell_ns}
 
     def _is_over(self, now: Instant, moved: Instant) -> bool:
         return now - moved >= max(self._policy.dwell_ns, self._policy.patience_ns)
@@ -153,6 +185,17 @@ class _Round(Generic[P]):
             if move is not None:
                 return move
         return None
+
+    def scarcest(self) -> int:
+        """The busiest layer: thousandths of its slots that are asked for, whatever ranges it is held in."""
+        cuts = sorted({end for span in self._at for end in span})
+        worst = 0
+        for at in cuts[:-1]:
+            spans = [span for span in self._at if span[0] <= at < span[1]]
+            slots = sum(sum(self._at[span].values()) for span in spans)
+            demand = sum(self._demand.get(span, 0) for span in spans)
+            worst = max(worst, demand // max(1, slots))
+        return worst
 
     def _slots_of(self, peer: P) -> int:
         """Of one that holds nothing yet: as many as the others have."""

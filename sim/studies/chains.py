@@ -10,6 +10,7 @@ decided in one place, which knows who is there.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,7 @@ from protocol.limits import MIB
 from protocol.ring import Chain
 from routing.chains.costs import cost_of
 from routing.chains.plan import Assigned, Holder, ModelShape, Room, Speed
+from routing.chains.rebalance import BalancePolicy, Balancer
 from routing.chains.ring import RingPolicy
 from sim.arrivals import Span, arrivals
 from sim.build import NodeMaker, Progress, build_world, run_in_slices
@@ -129,6 +131,8 @@ class ChainStudy:
             "generations", "time_s", "tokens", "first_token_s", "tokens_per_s", "expected_per_s", "tries"
         )
         self.gaps = recorder.table("gaps", "time_s", "lost", "gap_s")
+        self.balancer: Balancer[str] = Balancer(BalancePolicy(smoothing_ns=seconds_to_ns(said.balance_s)))
+        self.joined = 0
         self.replaced = 0
         self.died_working = 0
         self.given_up = 0
@@ -143,14 +147,10 @@ class ChainStudy:
     def _build(self) -> None:
         said, world, seed = self.settings.chains, self.world, self.settings.world.seed
         coordinates = settle(world, {n: Vivaldi() for n in range(world.nodes)}, Draws(seed, Stream.BOOTSTRAP))
-        names: dict[str, int] = {name_of(node): place for node, place in coordinates.items()}
-
-        def rtt_of(a: str, b: str) -> int:
-            return estimate_ns(names[a], names[b])
-
+        self._coordinates: dict[str, int] = {name_of(node): place for node, place in coordinates.items()}
         dice = Draws(seed, Stream.CHAINS)
         kinds = {"planner": Planned, "random": ByChance, "greedy": Greedy}
-        self.strategy: Strategy = kinds[said.strategy](self.shape, rtt_of, dice)
+        self.strategy: Strategy = kinds[said.strategy](self.shape, self._rtt_of, dice)
         draws = Draws(seed, Stream.ISLANDS)
         for node in self.nodes:
             layer_ns = round(draws.log_normal(said.layer_ms_median, said.layer_sigma) * MILLISECOND_NS)
@@ -161,6 +161,9 @@ class ChainStudy:
         for node in self.gateways:
             world.install(node, CHAINS, ChainGateway(node, self._plan))
         self._lay_out()
+
+    def _rtt_of(self, a: str, b: str) -> int:
+        return estimate_ns(self._coordinates[a], self._coordinates[b])
 
     def _install(self, node: int) -> None:
         speed = self.islands[node].speed
@@ -173,18 +176,22 @@ class ChainStudy:
     def _lay_out(self) -> None:
         """Chains and their spares, loaded before anything begins."""
         said = self.settings.chains
-        for chain in range(said.replicas):
+        for _ in range(said.replicas):
             stages = self.strategy.lay_out(self._free_rooms())
             if not stages:
                 break
-            for place, stage in enumerate(stages):
-                self.ranges.append(_Range(chain, place, stage.first, stage.last))
-                self._assign(self.ranges[-1], node_of(stage.peer), loaded=True)
+            self._new_chain(stages, loaded=True)
         for _ in range(said.spares):
             for one in self.ranges:
                 peer = self.strategy.join(self._stages_of(one.chain), one.place, self._free_rooms())
                 if peer is not None:
                     self._assign(one, node_of(peer), loaded=True)
+
+    def _new_chain(self, stages: Sequence[Assigned[str]], *, loaded: bool) -> None:
+        chain = self.ranges[-1].chain + 1 if self.ranges else 0
+        for place, stage in enumerate(stages):
+            self.ranges.append(_Range(chain, place, stage.first, stage.last))
+            self._assign(self.ranges[-1], node_of(stage.peer), loaded=loaded)
 
     def _free_rooms(self) -> list[Room[str]]:
         """Islands that are known to be there, and to hold nothing."""
@@ -335,8 +342,27 @@ class ChainStudy:
                 if peer is None:
                     break
                 self._assign(one, node_of(peer), loaded=False)
+        if said.balance_s:
+            self._balance()
         if self.world.now < self._end:
             self.world.at(after(self.world.now, seconds_to_ns(said.review_s)), self._review)
+
+    def _balance(self) -> None:
+        """Ranges that are busy for long are joined by Islands with room. (Nobody leaves a range for another
+        here: there is room.)
+        """
+        holders, now = list(self.known.values()), self.world.now
+        self.balancer.watch(now, holders)
+        moves = self.balancer.moves(now, self.shape, self._free_rooms(), holders)
+        if not moves:
+            stages = self.balancer.further(now, self.shape, self._free_rooms(), holders, self._rtt_of)
+            self._new_chain([Assigned(move.peer, move.first, move.last) for move in stages], loaded=False)
+            self.joined += len(stages)
+        for move in moves:
+            same = [one for one in self.ranges if (one.first, one.last) == (move.first, move.last)]
+            if move.leaves is None and same:
+                self.joined += 1
+                self._assign(min(same, key=lambda one: len(one.members)), node_of(move.peer), loaded=False)
 
     # --- the run ----------------------------------------------------------------------------------
 
@@ -391,6 +417,7 @@ class ChainStudy:
         record = self.record
         record.point("jobs open", at, float(len(self.running)))
         record.point("Islands that hold layers", at, float(len(self.known)))
+        record.point("Islands that joined busy ranges", at, float(self.joined))
         record.point("ranges without a holder", at, float(sum(not self._held(one) for one in self.ranges)))
         self.progress("measuring", share)
 
@@ -421,6 +448,7 @@ class ChainStudy:
         record.measure("jobs given up", float(self.given_up), "jobs", "lower")
         record.measure("jobs unfinished", float(len(self.running)), "jobs", "lower")
         record.measure("chains per job", mean(self.jobs.numbers("tries")), "mean", "lower")
+        record.measure("Islands that joined busy ranges", float(self.joined), "Islands")
         record.measure("sessions whose stage died", float(self.died_working), "sessions")
         record.measure("stages replaced by spares", float(self.replaced), "times")
         lost = zip(self.gaps.column("lost"), self.gaps.numbers("gap_s"), strict=True)

@@ -149,3 +149,20 @@ def test_what_was_closed_is_not_told():
     made.open("b")
     made.feed(40 * MS, "b", 0, 1)
     assert made.ends == (40 + 40 + 6) * MS  # the head has the vocabulary beside its layers
+
+
+def test_busy_ranges_are_joined():
+    changes = {
+        **SMALL,
+        "chains.replicas": 1,
+        "arrivals.per_s": 1.5,
+        "world.duration_s": 80,
+        "chains.fetch_mbps": 20_000,
+    }
+    fixed, joined = (
+        run(Scenario.load("chain-load", nodes=60, changes={**changes, "chains.balance_s": balance_s}))
+        for balance_s in (0, 10)
+    )
+    assert fixed.metric("Islands that joined busy ranges") == 0
+    assert joined.metric("Islands that joined busy ranges") > 1
+    assert joined.metric("jobs done") > 1.5 * fixed.metric("jobs done")

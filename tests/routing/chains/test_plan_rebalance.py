@@ -142,3 +142,41 @@ def test_the_mean_follows_slowly():
     assert balancer.demand_milli(0, 4) == 2000
     balancer.watch(200 * SECOND_NS, [])
     assert balancer.demand_milli(0, 4) == 0
+
+
+def test_one_more_chain_where_nobody_has_room_for_a_busy_range():
+    balancer = Balancer()
+    holders = [Holder("a", 0, 4, Speed(MS), 4, 4), Holder("b", 4, 8, Speed(MS), 4, 4)]
+    idle = [replace(holder, active=1) for holder in holders]
+    small = [Room(f"s{n}", 30, Speed(MS)) for n in range(4)]  # three layers each, the ranges have four
+
+    def nowhere(a, b):
+        return 10 * MS
+
+    for minute in range(60):
+        balancer.watch(minute * MINUTE, holders)
+    assert balancer.moves(HOUR, SHAPE, small, holders) == ()
+    found = balancer.further(HOUR, SHAPE, small, holders, nowhere)
+    assert found[0].first == 0
+    assert sum(move.last - move.first for move in found) == 8
+    assert len(found) == 3
+    # It counts while it is loading: half of all slots are free then.
+    assert balancer.further(HOUR + MINUTE, SHAPE, small, holders, nowhere) == ()
+    calm = Balancer()
+    for minute in range(60):
+        calm.watch(minute * MINUTE, idle)
+    assert calm.further(HOUR, SHAPE, small, idle, nowhere) == ()
+
+
+def test_one_busy_range_does_not_make_a_chain_if_its_layers_are_free_elsewhere():
+    balancer = Balancer()
+    holders = [
+        Holder("a", 0, 4, Speed(MS), 4, 4),
+        Holder("b", 4, 8, Speed(MS), 4, 4),
+        Holder("c", 0, 3, Speed(MS), 16, 0),
+        Holder("d", 3, 8, Speed(MS), 16, 0),
+    ]
+    for minute in range(60):
+        balancer.watch(minute * MINUTE, holders)
+    rooms = [Room(f"s{n}", 30, Speed(MS)) for n in range(4)]
+    assert balancer.further(HOUR, SHAPE, rooms, holders, lambda a, b: MS) == ()
