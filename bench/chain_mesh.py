@@ -101,7 +101,7 @@ class Program:
 class Mesh(Client):
     """A gateway and its Islands. With a laboratory, the gateway is node 0 of it and Island i node i + 1."""
 
-    def __init__(self, cargo: str, model: str, *, lab: Lab | None = None) -> None:
+    def __init__(self, cargo: str, model: str, *, activations: str = "f16s", lab: Lab | None = None) -> None:
         super().__init__("127.0.0.1" if lab is None else lab.address(0), 0, model, lab=lab)
         self.cargo = cargo
         self._folder = tempfile.TemporaryDirectory(prefix="archipelag-bench-")
@@ -114,7 +114,7 @@ class Mesh(Client):
                 [
                     *("gateway.cli", "run", "--host", self.host, "--port", "0", "--log-format", "json"),
                     *("--data-dir", str(self.root / "gateway"), "--listen", f"/ip4/{self.host}/tcp/0"),
-                    *("--set", "http.requests_per_minute=0"),
+                    *("--set", "http.requests_per_minute=0", "--set", f"mesh.activations={activations}"),
                 ],
                 {"ARCHI_API_KEY": KEY},
             )
@@ -315,11 +315,17 @@ def open_whole(cargo: str) -> Generator[Mesh]:
 
 @contextmanager
 def open_chain(
-    cargo: str, stages: int, *, spares: bool = False, drafts: bool = True, lab: Lab | None = None
+    cargo: str,
+    stages: int,
+    *,
+    spares: bool = False,
+    drafts: bool = True,
+    activations: str = "f16s",
+    lab: Lab | None = None,
 ) -> Generator[Mesh]:
     """So many Islands that none has room for all (twice as many with spares), and a chain over them."""
     room_mib = memory_mib(shape_of(cargo), stages)
-    with Mesh(cargo, cargo, lab=lab) as mesh:
+    with Mesh(cargo, cargo, activations=activations, lab=lab) as mesh:
         for name in NAMES[: stages * (2 if spares else 1)]:
             mesh.start_island(
                 name,

@@ -24,7 +24,7 @@ from node.rpc import CallFailed, PeerUnreachable
 from protocol.adverts import HELLO, METHOD_HELLO
 from protocol.dice import Dice
 from protocol.ids import CargoDigest, PeerId
-from protocol.instants import SECOND_NS, Instant
+from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
 from protocol.ring import METHOD_HOLD, SHARD_HELD, Chain, Dtype, ShardHeld
 from protocol.work import Work
 from routing.job_events import Ask, Assignment, Full, NotYet, StageSeen
@@ -42,6 +42,9 @@ REACH_S: Final = 10.0
 
 #: A stage that its head accuses gets this long to show that it lives.
 ALIVE_NS: Final = SECOND_NS
+
+#: An answer that is missed this much later than its deadline was missed by us, who were stopped or blocked.
+LATE_NS: Final = 250 * MILLISECOND_NS
 
 #: Losses of links that are remembered, to check what heads say of their stages.
 MAX_LOSSES: Final = 4096
@@ -273,6 +276,13 @@ class ChainKeeper:
         self._known.islands.suspect(self._now(), peer)
         self._work.failed(peer, timeout=False)
         _log.warning("stage failed", island=self._name(peer))
+
+    async def lives(self, peer: PeerId) -> bool:
+        """Whether it answers in time, or nothing can be said: no link, or this process itself was stopped."""
+        asked = self._now()
+        if self._peers.hello(peer) is None or await self._answers(peer):
+            return True
+        return self._now() - asked > ALIVE_NS + LATE_NS
 
     async def _answers(self, peer: PeerId) -> bool:
         """Whether it lives: any answer shows it."""
