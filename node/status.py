@@ -101,7 +101,7 @@ def _cargos(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> Table:
         )
         load = cargo.load
         if cargo.shard is not None:
-            _shard_row(table, f"{name} {cargo.shard.words}", state, cargo)
+            _shard_row(table, f"{cargo.name} {cargo.shard.words}", state, cargo)
         elif load is None:
             if cargo.total_bytes:
                 state.append(f" {100 * cargo.done_bytes // cargo.total_bytes} %")
@@ -122,13 +122,14 @@ def _cargos(now: Snapshot, before: Snapshot | None, elapsed_s: float) -> Table:
 
 
 def _shard_row(table: Table, name: str, state: Text, cargo: CargoSnapshot) -> None:
+    """In the column of speeds: one row through one layer, alone."""
     shard = cargo.shard
     if shard is None or not shard.slots:
         if cargo.state == "fetching" and cargo.total_bytes:
             state.append(f" {100 * cargo.done_bytes // cargo.total_bytes} %")
         table.add_row(name, state)
         return
-    active, per_layer = f"{shard.active}/{shard.slots}", f"{shard.layer_us:.0f} µs/layer"
+    active, per_layer = f"{shard.active}/{shard.slots}", f"{shard.layer_us:.0f} µs"
     table.add_row(name, state, active, "-", "-", per_layer, "-", str(shard.restarts))
 
 
