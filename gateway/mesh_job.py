@@ -61,6 +61,11 @@ CLOSE_S: Final = 1.0
 LATE_NS: Final = 250 * MILLISECOND_NS
 PARDON_S: Final = 0.25
 
+#: A head that is silent for so long is asked whether it lives (it has a second to answer). Tokens of a slow
+#: chain come more often; a long prompt only costs some questions.
+HEAD_SILENCE_NS: Final = 750 * MILLISECOND_NS
+HEAD_LOOK_S: Final = 0.25
+
 Stream = MessageStream[ToIsland, FromIsland]
 JobInput = Input[PeerId, FromIsland, Command]
 
@@ -106,6 +111,7 @@ class _Attempt:
         self.scope: Final = trio.CancelScope()
         self.stream: Stream | None = None
         self.offered = False
+        self.heard = Instant(0)
         self.orderly = False
         # What is to be said but can not be now: before the offer, or while the Island does not read. One
         # is enough: a later grant includes the earlier one, and a cancel comes with the end of the stream.
@@ -238,6 +244,8 @@ class MeshJob:
         for island in attempt.islands:
             self._mesh.book.reserve(island)
         self._nursery.start_soon(self._guard, self._run_attempt, attempt)
+        if offer.chain is not None:
+            self._nursery.start_soon(self._guard, self._watch_head, attempt)
 
     def _send(self, peer: PeerId, message: ToIsland) -> None:
         attempt = self._attempt
@@ -265,6 +273,7 @@ class MeshJob:
                 stream = await self._offer(attempt)
                 await _send_late(attempt, stream)
                 while (answer := await stream.receive()) is not None:
+                    attempt.heard = self._mesh.now()
                     self._feed(Received(peer, answer))
         except (StreamBroken, Unreachable, ProtocolError) as error:
             _log.info("attempt broken", job=self.id[:8], peer=peer[-8:], reason=str(error))
@@ -278,6 +287,24 @@ class MeshJob:
         if self._attempt is attempt:
             self._attempt = None
             self._feed(PeerLost(peer))
+
+    async def _watch_head(self, attempt: _Attempt) -> None:
+        """A head that says nothing is asked whether it lives. The other stages wait a few seconds for another
+        one, which is less than it takes to declare a peer dead.
+        """
+        attempt.heard = self._mesh.now()
+        while self._attempt is attempt:
+            await trio.sleep(HEAD_LOOK_S)
+            if not attempt.offered or self._mesh.now() - attempt.heard < HEAD_SILENCE_NS:
+                continue
+            alive = await self._mesh.chains.lives(attempt.peer)
+            if alive:
+                attempt.heard = self._mesh.now()
+            elif self._attempt is attempt:
+                _log.info("head does not answer", job=self.id[:8], island=self._mesh.name_of(attempt.peer))
+                self._attempt = None
+                attempt.scope.cancel()
+                self._feed(PeerLost(attempt.peer))
 
     async def _offer(self, attempt: _Attempt) -> Stream:
         """Make the offer; returns the stream that it went out on. Raises Unreachable, StreamBroken."""

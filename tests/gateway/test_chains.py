@@ -24,9 +24,9 @@ from node.manifests import serve_manifests
 from node.overlay.overlay import OverlayConfig, open_overlay
 from node.p2p import Host, StreamBroken, open_host
 from node.peers import Peers, open_peers
-from node.rpc import Refused
+from node.rpc import Method, Refused
 from node.streams import MessageStream
-from protocol.adverts import ADVERT_KIND, Hello, IslandAdvert, OfferedCargo, ShardRange
+from protocol.adverts import ADVERT_KIND, HELLO, METHOD_HELLO, Hello, IslandAdvert, OfferedCargo, ShardRange
 from protocol.coordination import COORDINATION, METHOD_COORDINATION, AdvertPut
 from protocol.dice import Dice
 from protocol.ids import PeerId
@@ -157,6 +157,15 @@ class Island:
         )
         self.peers.notify(self.net.gateway, METHOD_COORDINATION, AdvertPut(self.sequence % 2**40, envelope))
 
+    def freeze(self) -> None:
+        """It stays connected but answers nobody."""
+
+        async def never(_peer: PeerId, _hello: Hello) -> Hello:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        self.peers._methods.requests[METHOD_HELLO] = Method(HELLO, never)  # noqa: SLF001 - no process to stop here
+
     async def die(self) -> None:
         await self.host.disconnect(self.net.gateway, "the test pulled the cable")
 
@@ -179,8 +188,11 @@ class Island:
         await messages.send(JobTokens(first, tuple(Token(100 + n, f" {n}") for n in range(first, until))))
 
     async def answer(self, messages: Any, offer: JobOffer, stand_in: PeerId | None = None) -> None:
-        """The rest of the answer. `stand_in`: took the place of the chain's second stage on the way."""
+        """The rest of the answer, and its end. `stand_in`: took the place of the second stage on the way."""
         await self.tokens(messages, offer, LENGTH)
+        await self.finish(messages, offer, stand_in)
+
+    async def finish(self, messages: Any, offer: JobOffer, stand_in: PeerId | None = None) -> None:
         chain = offer.chain
         assert chain is not None
         assert chain.head.peer == self.peer
@@ -473,6 +485,41 @@ async def test_a_stage_replaced_on_the_way_is_told_and_its_spare_earns(net) -> N
         karma = here.karma()
         assert karma[spares[0]][0] > 0
         assert middle.peer not in karma, "it lives, whatever the head says, but it signed nothing"
+
+
+async def test_a_head_that_freezes_is_replaced_before_its_link_is_given_up(net) -> None:
+    async with net() as here:
+        _, _, head = await here.chain(6)
+        here.seen.clear()
+
+        async def freeze(messages: Any, offer: JobOffer) -> None:
+            await head.tokens(messages, offer, 3)
+            head.freeze()
+            await trio.sleep_forever()
+
+        head.script = freeze
+        events = await here.job()
+        assert ids(events) == WHOLE
+        assert events[-1].hand_overs == 1
+        assert head.peer in here.host.connected()
+        (again,) = [offer for island in here.islands.values() for offer in island.offers if offer.resume]
+        assert again.job == head.offers[0].job
+
+
+async def test_a_head_that_thinks_for_long_is_left_alone(net) -> None:
+    async with net() as here:
+        _, _, head = await here.chain(6)
+
+        async def think(messages: Any, offer: JobOffer) -> None:
+            await head.tokens(messages, offer, 3)
+            await trio.sleep(2.5)
+            await messages.send(JobTokens(3, tuple(Token(100 + n, f" {n}") for n in range(3, LENGTH))))
+            await head.finish(messages, offer)
+
+        head.script = think
+        events = await here.job()
+        assert ids(events) == WHOLE
+        assert events[-1].hand_overs == 0
 
 
 async def test_layers_of_an_island_that_went_are_ordered_from_the_next_one_that_comes(net) -> None:
