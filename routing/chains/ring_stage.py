@@ -91,12 +91,14 @@ class StageDuties(HeadDuties):
             changed = True
         if newer_head:
             self._new_head(now, peer, session, message)
-        if peer != session.upstream:
+        # What this one sent while somebody else counted was passed over.
+        turned = peer != session.upstream
+        if turned:
             self._bind(now, session, peer)
         session.touched, session.alone_since, session.asked = now, None, False
         session.told = 0
         have, mark = session.intake.end, session.mark
-        self._send(peer, RingOpened(session.name, have, session.turn, session.began, mark=mark))
+        self._send(peer, RingOpened(session.name, have, session.turn, session.began, again=turned, mark=mark))
         holder = chain.stages[session.next_index].holder.peer
         if newer_head or session.outlet.peer != holder:
             self._connect(now, session)
