@@ -211,6 +211,7 @@ class RingMachine(StageDuties):
         late = first is not None and now - first > LATE_NS
         if late:
             self._links.forgive(now)
+            self._feeder_heard = dict.fromkeys(self._feeder_heard, now)
         while (key := self._agenda.pop_due(now)) is not None:
             timer, name = key
             if timer == "ping":

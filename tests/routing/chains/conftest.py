@@ -604,3 +604,8 @@ def ring_world() -> type[World]:
 @pytest.fixture
 def ring_reference() -> Callable[..., list[int]]:
     return reference
+
+
+@pytest.fixture
+def ring_sign() -> Callable[[StageReceipt], Envelope]:
+    return sign
