@@ -14,7 +14,7 @@ MANY: Final = 16
 
 
 def _smoothed(old: int, new: int) -> int:
-    return new if not old else old + round(_EWMA * (new - old))
+    return new if not old else max(1, old + round(_EWMA * (new - old)))
 
 
 class Meter:
@@ -28,6 +28,13 @@ class Meter:
 
     def note(self, rows: int, outputs: int, duration_ns: int) -> None:
         """One go of `rows` rows, `outputs` of which went through the vocabulary head."""
+        if rows == 1 and outputs:
+            # What of it the vocabulary took is not seen; it slows down and recovers with the layers.
+            known_ns = self._layer_ns * self._layers + self.vocabulary_ns
+            if self._layer_ns and self.vocabulary_ns:
+                self._layer_ns = _smoothed(self._layer_ns, self._layer_ns * duration_ns // known_ns)
+                self.vocabulary_ns = _smoothed(self.vocabulary_ns, self.vocabulary_ns * duration_ns // known_ns)
+            return
         layers_ns = max(1, duration_ns - outputs * self.vocabulary_ns)
         each_ns = max(1, layers_ns // (rows * self._layers))
         if rows == 1:

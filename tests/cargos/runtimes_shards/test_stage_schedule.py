@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cargos.runtimes.shards.engine import GRID, grid_step
+from cargos.runtimes.shards.pace import Meter
 from cargos.runtimes.shards.resident import Resident
 from cargos.runtimes.shards.schedule import Waiting, choose, groups
 
@@ -95,3 +96,20 @@ def test_rows_are_taken_across_feeds_in_pieces():
     assert resident.front == 1
     assert resident.take(2).tolist() == [2, 3]
     assert (resident.pending, resident.since_ns) == (1, 20)
+
+
+def test_a_measurement_taken_on_a_busy_machine_wears_off():
+    meter = Meter(layers=10)
+    meter.note(1, 0, 5_000)
+    meter.vocabulary_ns = 15_000
+    assert (meter.pace.layer_ns, meter.prefill_tps) == (500, 0.0)
+    for _ in range(200):
+        meter.note(1, 1, 4_000)  # it was five times as slow
+    assert meter.pace.layer_ns == pytest.approx(100, rel=0.2)
+    assert meter.pace.vocabulary_ns == pytest.approx(3_000, rel=0.2)
+    meter.note(32, 1, 16 * 3_200 + meter.vocabulary_ns)
+    assert meter.pace.prefill_layer_ns == 160
+    assert meter.prefill_tps == pytest.approx(1e9 / 1_600)
+    before = meter.pace
+    meter.note(5, 0, 10**9)  # neither alone nor many
+    assert meter.pace == before
