@@ -46,8 +46,11 @@ _MESSAGE_BYTES: Final = KIB
 #: Links that we open. A stage feeds one peer per session, and slots are few.
 MAX_DOWNSTREAMS: Final = 64
 
-#: Links that others open. Each may hold a feed that has come in part (MAX_FEED_BYTES).
+#: Links that others open.
 MAX_UPSTREAMS: Final = 64
+
+#: Messages that have come in part, on all of those together: a feed of usual size (2 MiB) on each.
+MAX_PARTIAL_BYTES: Final = 128 * MIB
 
 #: Connections that are made in advance at a time.
 MAX_WARMING: Final = 16
@@ -107,10 +110,10 @@ def weight_of(message: Message) -> int:
 
 
 class _Watched:
-    """A stream that tells when bytes came that complete no message. `asked`: chunks since a message was."""
+    """A stream that tells when bytes came that complete no message. `partial`: bytes since one was complete."""
 
     def __init__(self, stream: Stream, told: Callable[[], None]) -> None:
-        self.asked = 0
+        self.partial = 0
         self._stream = stream
         self._told = told
         self.send_nowait: Final = stream.send_nowait
@@ -124,10 +127,11 @@ class _Watched:
         return self._stream.peer
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
-        if self.asked:
+        if self.partial:
             self._told()
-        self.asked += 1
-        return await self._stream.receive_some(max_bytes)
+        data = await self._stream.receive_some(max_bytes)
+        self.partial += len(data)
+        return data
 
 
 @dataclass(slots=True, eq=False)
@@ -143,8 +147,15 @@ class _Link:
     wanted: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     heard_at: float = field(default_factory=trio.current_time)
+    whole_at: float = field(default_factory=trio.current_time)
     used_at: float = field(default_factory=trio.current_time)
     reason: str = ""
+    watched: _Watched | None = None
+
+    @property
+    def partial(self) -> int:
+        """Bytes of a message that has come in part."""
+        return 0 if self.watched is None else self.watched.partial
 
     def put(self, message: ToStage | FromStage) -> bool:
         """Send it now or later. False: too much is lying here already."""
@@ -348,7 +359,7 @@ class RingLinks:
             stream.reset()
             return
         link = _Link(stream.peer, FROM_STAGE, stream)
-        watched = _Watched(stream, lambda: self._progress(link))
+        watched = link.watched = _Watched(stream, lambda: self._progress(link))
         before = self._up.get(stream.peer)
         self._up[stream.peer] = link
         self.counters.accepted += 1
@@ -370,6 +381,9 @@ class RingLinks:
                 self._user.upstream_lost(link.peer)
 
     def _progress(self, link: _Link) -> None:
+        if sum(each.partial for each in self._up.values()) > MAX_PARTIAL_BYTES:
+            slowest = min(self._up.values(), key=lambda each: (not each.partial, each.whole_at))
+            slowest.end("too much that came in part lies here, and its was begun first")
         now = trio.current_time()
         if now - link.heard_at >= _PROGRESS_S and self._up.get(link.peer) is link:
             link.heard_at = now
@@ -411,10 +425,10 @@ class RingLinks:
             nursery.start_soon(write)
             try:
                 while (message := await messages.receive()) is not None:
-                    link.heard_at = trio.current_time()
+                    link.heard_at = link.whole_at = trio.current_time()
                     self._user.received(link.peer, message)
                     if watched is not None:
-                        watched.asked = 0
+                        watched.partial = 0
                         if not isinstance(message, RingPing):
                             await self._wait_for_room(link)
             except (StreamBroken, ProtocolError) as error:  # here: the nursery would wrap it in a group

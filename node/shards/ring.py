@@ -60,9 +60,9 @@ from routing.chains.events import (
 )
 from routing.chains.ring import RingMachine
 
-#: Rows that wait for the engines of this node. Honest peers wait for acknowledgements before that; a replay may
-#: bring a whole log at once.
-MAX_WAITING_BYTES: Final = 256 * MIB
+#: Rows that wait for the engines of this node. The machine bounds what each session sends ahead, the engine how
+#: many sessions there are; beyond this nothing is read any more, not even pings.
+MAX_WAITING_BYTES: Final = 1024 * MIB
 
 #: Chains whose traversal time is remembered for the next session.
 _MAX_TRIPS: Final = 64
