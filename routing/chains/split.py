@@ -149,4 +149,48 @@ def balanced(shape: ModelShape, order: Sequence[Place[P]], slack_ns: int) -> tup
             best, high = found, middle
         else:
             low = middle
-    return best
+    return _evened(shape, order, best, limit_ns)
+
+
+def _evened(
+    shape: ModelShape, order: Sequence[Place[P]], best: tuple[int, tuple[int, ...]], limit_ns: int
+) -> tuple[int, tuple[int, ...]]:
+    """Layers go from a stage to its neighbour, one at a time, while that makes the two more alike."""
+    total_ns, ends = best[0], list(best[1])
+    moved = True
+    while moved:
+        moved = False
+        for n in range(len(order) - 1):
+            for step in (-1, 1):
+                changed = ends.copy()
+                changed[n] += step
+                before, behind = order[n], order[n + 1]
+                if before.fixed or behind.fixed or not _fits(shape, order, changed, n):
+                    continue
+                costs_ns = step * (before.layer_ns - behind.layer_ns)
+                gain = _square(order, ends, n) - _square(order, changed, n)
+                if gain > 0 and total_ns + costs_ns <= limit_ns:
+                    total_ns, ends, moved = total_ns + costs_ns, changed, True
+    return total_ns, tuple(ends)
+
+
+def _span(ends: Sequence[int], n: int) -> tuple[int, int]:
+    return (ends[n - 1] if n else 0), ends[n]
+
+
+def _fits(shape: ModelShape, order: Sequence[Place[P]], ends: Sequence[int], n: int) -> bool:
+    """Whether stages `n` and `n + 1` have layers, and room for them."""
+    return all(
+        _span(ends, at)[0] < _span(ends, at)[1] and shape.bytes_of(*_span(ends, at)) <= order[at].room_bytes
+        for at in (n, n + 1)
+    )
+
+
+def _square(order: Sequence[Place[P]], ends: Sequence[int], n: int) -> int:
+    """Of the times of stages `n` and `n + 1`: the sum of squares falls as they become more alike."""
+    total = 0
+    for at in (n, n + 1):
+        first, last = _span(ends, at)
+        head_ns = order[at].head_ns if at == len(order) - 1 else 0
+        total += (order[at].layer_ns * (last - first) + head_ns) ** 2
+    return total
