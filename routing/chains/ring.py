@@ -26,8 +26,8 @@ Driver rules
 - A link that this node opened and that breaks, or can not be made within the driver's own patience: order
   `DownstreamLost`, once; nothing of the old link may be received after that. `Disconnect(peer)`: drop that
   link, without `DownstreamLost`. A link that a peer opened and that breaks: `UpstreamLost`.
-  (`PeerLost` stands for both.) If a peer opens a new link while its old one still stands, the old one is gone:
-  order `UpstreamLost` before anything of the new one is received.
+  (`PeerLost` stands for both.) A new link from a peer whose old one still stands replaces it; `UpstreamLost`
+  for the old one may then be ordered before anything of the new one is received, but need not.
 - `Admit` -> `StageRuntime.open`, `Compute` -> `feed` (heads, too), `Release` -> `close`. No Admit and no
   Release is told to a head: its engine opens by `submit` and closes when the job leaves it. `Computed` ->
   `Done`, `Lost` -> `EngineLost`, `Refused` -> `EngineRefused`, `Wanted` -> `Draw`. A `Done` of work given

@@ -53,10 +53,10 @@ class RingPolicy:
     """Until the head, which only the gateway can replace, is tried again by the stage before it..."""
     head_tries: int = 6
     """...so often."""
-    stall_ns: int = 20 * SECOND_NS
-    """Rows are with a stage that lives, but it acknowledges none for this long: its engine hangs. The slowest
-    step allowed (63 rows on a small machine) takes a third of it."""
-    drain_ns: int = 10 * SECOND_NS
+    stall_ns: int = 60 * SECOND_NS
+    """Rows are with a stage that lives, but it acknowledges none for this long: its engine hangs. A step
+    of 63 rows may take 10 s on a small machine, and other sessions have their turns between."""
+    drain_ns: int = 30 * SECOND_NS
     """Until the engine has computed what is void by now; then its memory of the session is given up."""
     orphan_ns: int = 30 * SECOND_NS
     """A session without the stage before it is kept this long: somebody may take that place."""

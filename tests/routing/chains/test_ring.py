@@ -209,3 +209,62 @@ def test_much_trouble_for_several_sessions(case: Any, seed: int) -> None:
     plan_troubles(ring, dice, 4 + dice.below(12))
     ring.finish(400 * SECOND_NS)
     ring.is_clean()
+
+
+def test_the_gap_after_a_death_with_a_spare_that_stands_by(case: Any) -> None:
+    """100 tokens of context, 20 ms between any two, each stage killed or frozen at several moments."""
+    gaps: list[int] = []
+    for seed, victim in enumerate(("0", "1", "2", "3") * 4):
+        ring = case(seed=seed, stages=4, delay_ns=20 * MILLISECOND_NS, drafts=bool(seed % 2))
+        ring.until_tokens(2 + seed % 5)
+        ring.world.run(limit_ns=seed * 7 * MILLISECOND_NS)
+        (ring.world.freeze if seed % 3 == 0 else ring.world.kill)(victim)
+        ring.finish()
+        gaps.append(max(ring.order.gaps))
+    assert max(gaps) < 2 * SECOND_NS
+
+
+def test_a_long_session_with_many_rejected_drafts_holds_little(case: Any) -> None:
+    ring = case(stages=3, drafts=True, count=600, prompt=20, policy=RingPolicy(log_bytes=2000))
+    ring.finish()
+    world = ring.world
+    assert max(world.nodes[name].most_log_bytes for name in "01") < 2000 + 100
+    assert world.nodes["2"].most_log_bytes < 4 * (600 + 20 + 6)  # a head's log is its tokens
+    assert world.nodes["0"].engine.rows < 3 * (600 + 20)  # drafts, and nothing else, are computed twice
+
+
+def test_a_death_costs_the_others_no_computing(case: Any) -> None:
+    ring = case(stages=4, prompt=300)
+    ring.until_tokens(5)
+    before = {name: node.engine.rows for name, node in ring.world.nodes.items()}
+    ring.world.kill("1")
+    ring.finish()
+    for name in ("0", "2", "3"):
+        assert ring.world.nodes[name].engine.rows - before[name] < COUNT + 3, name
+    assert ring.world.nodes["1a"].engine.rows >= 300
+
+
+def test_a_new_head_costs_the_others_no_computing(case: Any) -> None:
+    ring = case(stages=4, prompt=300, drafts=True)
+    ring.until_tokens(5)
+    before = {name: node.engine.rows for name, node in ring.world.nodes.items()}
+    ring.world.kill("3")
+    ring.finish()
+    for name in ("0", "1", "2"):
+        assert ring.world.nodes[name].engine.rows - before[name] < 6 * COUNT, name
+
+
+def test_one_of_two_frozen_stages_that_wakes_again_does_no_harm(case: Any) -> None:
+    ring = case(stages=4, drafts=True, count=60)
+    ring.until_tokens(5)
+    ring.world.freeze("1")
+    ring.world.freeze("2")
+    ring.until_tokens(20)
+    ring.world.thaw("1")
+    ring.until_tokens(30)
+    ring.world.thaw("2")
+    ring.finish()
+    (ended,) = [ring.world.run(until=lambda: bool(ring.order.ended)) or ring.order.ended[0]]
+    lost = {work.peer for work in ended.works if work.failed}
+    assert lost == {"1", "2"}
+    ring.is_clean()

@@ -225,7 +225,10 @@ def test_an_engine_that_never_ends_what_is_void_is_started_over(opened: Any) -> 
     stage.feed(0, 6)
     stage.feed(3, 1, turn=1)
     stage.hear("a", RingPing(1))
-    out = stage.wait(11 * SECOND_NS, answering=("h",))
+    out: list[Any] = []
+    for number in range(2, 7):
+        stage.hear("a", RingPing(number))
+        out += stage.wait(7 * SECOND_NS, answering=("h",))
     assert ev.Admit(SESSION, CARGO, "f32", 8, deterministic=False) in out
     assert ("a", RingOpened(SESSION, 0, 1, 7, again=True)) in out
 
@@ -654,3 +657,72 @@ def test_nothing_that_comes_makes_it_raise_and_it_comes_to_rest(bench: Any, me: 
     made.wait(300 * SECOND_NS)
     assert made.machine.sessions(CARGO) == 0
     assert made.machine.next_wake() is None
+
+
+# --- a head after another -----------------------------------------------------------------------------
+
+
+def later_head(chain: Chain, **how: Any) -> RingOpen:
+    """The same ring under a head that began later; `how` as of RingOpen."""
+    stages = (*chain.stages[:-1], Stage(StagePeer("i"), *_layers(chain.stages[-1]), (), 256))
+    return opening(1, msgspec.structs.replace(chain, stages=stages), **({"began": 8} | how))
+
+
+def _layers(stage: Stage) -> tuple[int, int]:
+    return stage.first, stage.last
+
+
+def test_under_a_new_head_it_keeps_what_it_was_fed_without_a_break(feeding: Any) -> None:
+    stage = feeding()
+    out = stage.hear("a", later_head(two_in_the_midst(), upto=4))
+    assert ("a", RingOpened(SESSION, 4, 0, 8)) in out
+    ((_, passed),) = [one for one in out if isinstance(one, tuple) and isinstance(one[1], RingOpen)]
+    assert (passed.upto, passed.began, passed.chain.head.peer) == (4, 8, "i")
+    assert stage.hear("c", RingOpened(SESSION, 2, 0, 7)) == []  # said to the head before
+    assert stage.hear("c", RingOpened(SESSION, 3, 0, 8)) == [("c", RingFeed(SESSION, 3, 1, REPLAYED[48:64]))]
+
+
+@pytest.mark.parametrize("how", ["broken link", "another feeder"])
+def test_under_a_new_head_it_takes_all_anew_if_it_may_have_missed_a_turn(feeding: Any, how: str) -> None:
+    stage = feeding()
+    chain, feeder = two_in_the_midst(), "a"
+    if how == "broken link":
+        stage.order(ev.UpstreamLost(PeerId("a")))
+    else:
+        feeder = "z"
+        chain = msgspec.structs.replace(chain, stages=(Stage(StagePeer("z"), 0, 4), *chain.stages[1:]))
+    out = stage.hear(feeder, later_head(chain, upto=4))
+    ((_, answer),) = [one for one in out if isinstance(one, tuple) and isinstance(one[1], RingOpened)]
+    assert answer.have == 0
+    ((_, passed),) = [one for one in out if isinstance(one, tuple) and isinstance(one[1], RingOpen)]
+    assert passed.upto == 0
+    assert stage.machine.log_bytes == 0
+
+
+def test_what_the_next_stage_claims_to_have_is_vouched_for_only_as_far_as_our_own_log_goes(bench: Any) -> None:
+    stage = bench()
+    stage.hear("a", opening(1, two_in_the_midst()))
+    stage.hear("c", RingOpened(SESSION, 40, 3, 7))  # from before us; some of it may be void
+    stage.feed(0, 10)
+    stage.done(0, 10)
+    out = stage.hear("a", later_head(two_in_the_midst(), upto=30))
+    ((_, passed),) = [one for one in out if isinstance(one, tuple) and isinstance(one[1], RingOpen)]
+    assert passed.upto == 10
+
+
+def test_a_head_that_begins_anew_at_the_same_place_counts_more_than_itself(bench: Any) -> None:
+    made = bench("h", (8, 12))
+    began: list[int] = []
+    for _ in range(2):
+        made.order(ev.Begin(SESSION, chain_of("c"), PeerId("gateway"), deterministic=False))
+        ((_, message),) = made.order(draw(0, 1, 2, 3))
+        began.append(message.began)
+        assert message.upto == 2  # the last one may stand where a rejected draft is
+    assert began[1] > began[0]
+
+
+def test_without_drafts_no_row_is_doubtful(bench: Any) -> None:
+    made = bench("h", (8, 12))
+    made.order(ev.Begin(SESSION, chain_of("c"), PeerId("gateway"), deterministic=True))
+    ((_, message),) = made.order(draw(0, 1, 2, 3))
+    assert message.upto == 3  # and the step of the grid that ends here is not cut in two
