@@ -272,9 +272,13 @@ class ChainBook:
     def step(self, now: Instant, digest: str, *, learning: bool) -> Stepped:
         """Look at a Cargo. `learning`: its manifest is being asked for."""
         cargo = self._cargos.setdefault(digest, _Cargo())
-        offers = self._admitted(now, CargoDigest(digest))
-        self._note_offers(now, cargo, offers)
         sharding = self._sharding_of(digest)
+        offers = [
+            (island, offered)
+            for island, offered in self._admitted(now, CargoDigest(digest))
+            if sharding is None or _possible(offered, sharding)
+        ]
+        self._note_offers(now, cargo, offers)
         if sharding is None:
             cargo.ready = False
             cargo.layout, cargo.progress = None, NotYet() if learning else None
@@ -473,10 +477,18 @@ class ChainBook:
         return lambda peer: round(cargo.layer_ns.get(peer, 0))
 
 
+def _possible(offered: OfferedCargo, sharding: Sharding) -> bool:
+    """Whether there are such layers."""
+    shard = offered.shard
+    return shard is not None and shard.layers == sharding.layers and shard.first <= shard.last <= shard.layers
+
+
 def _shape(sharding: Sharding, offers: Iterable[Offer]) -> ModelShape:
-    """With memory for as many sequences as the Islands will take, by their own words."""
-    slots = max((offered.slots for _, offered in offers), default=1)
-    context = max((offered.context_length for _, offered in offers), default=0)
+    """With memory for sequences as the middle one of the Islands wants it: one that exaggerates changes nothing.
+    Who needs more than its room for it refuses.
+    """
+    wanted = sorted((o.slots * o.context_length, o.slots, o.context_length) for _, o in offers) or [(0, 0, 0)]
+    _, slots, context = wanted[(len(wanted) - 1) // 2]
     return ModelShape.of_sharding(sharding, slots=max(1, slots), context=context)
 
 

@@ -63,8 +63,8 @@ PARDON_S: Final = 0.25
 
 #: A head that is silent for so long is asked whether it lives (it has a second to answer). Tokens of a slow
 #: chain come more often; a long prompt only costs some questions.
-HEAD_SILENCE_NS: Final = 750 * MILLISECOND_NS
-HEAD_LOOK_S: Final = 0.25
+HEAD_SILENCE_NS: Final = 500 * MILLISECOND_NS
+HEAD_LOOK_S: Final = 0.2
 
 Stream = MessageStream[ToIsland, FromIsland]
 JobInput = Input[PeerId, FromIsland, Command]

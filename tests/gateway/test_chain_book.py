@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+import pytest
 
 from cargos.manifest import Sharding
 from gateway.chain_book import (
@@ -73,7 +74,8 @@ class World:
     def offer(self, peer: PeerId, first: int = 0, last: int = 0, room: int = 80, **changes: Any) -> None:
         self.sequence += 1
         addresses = changes.pop("addresses", ())
-        shard = ShardRange(first, last, LAYERS, room_mib=room, layer_ns=MILLISECOND_NS)
+        layers = changes.pop("layers", LAYERS)
+        shard = ShardRange(first, last, layers, room_mib=room, layer_ns=changes.pop("layer_ns", MILLISECOND_NS))
         cargo = OfferedCargo(CARGO, "m", "1", "llmcpp", "ready", 1, 4, 0, 0, 0.0, 0.0, shard=shard)
         cargo = msgspec.structs.replace(cargo, **changes)
         advert = IslandAdvert(peer[-4:], (cargo,), addresses=addresses)
@@ -371,6 +373,34 @@ def test_the_largest_chain_fits_into_an_offer() -> None:
     assert all(len(one.addresses) == MAX_STAGE_ADDRESSES for one in everybody)
     most = MAX_STAGES * (1 + MAX_SPARES)
     assert len(msgspec.msgpack.encode(chain)) * most // len(everybody) < MAX_CHAIN_BYTES
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"first": 0, "last": 400, "layers": 512},
+        {"first": 500, "last": 512, "layers": 512},
+        {"first": 9, "last": 3},
+        {"first": 0, "last": 6, "layers": 6},
+        {"first": 0, "last": 12, "room": 1 << 30, "layer_ns": (1 << 53) - 1},
+        {"room": 1 << 30, "layer_ns": 1, "slots": 1_000_000, "context_length": 262_144},
+        {"first": 0, "last": 4, "slots": 0, "active": 1_000_000},
+    ],
+)
+def test_what_can_not_be_true_of_an_island_breaks_nothing(lie: dict[str, Any]) -> None:
+    world = World()
+    world.offer(D, **lie)
+    for peer in (A, B, C):
+        world.offer(peer)
+    world.step()
+    for _ in range(6):
+        world.obey(world.step(SETTLE_NS).orders)
+    place = world.place()
+    assert place is None or isinstance(place, Assignment | NotYet) or place is FULL
+    if lie.get("context_length"):
+        assert world.chain().is_whole, "what one wants for itself is not what all need"
+    if "layers" in lie or lie.get("first", 0) > lie.get("last", 0):
+        assert D not in {s.holder.peer for s in world.chain().stages}
 
 
 def test_cargos_and_islands_that_went_leave_nothing() -> None:
