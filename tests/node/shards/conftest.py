@@ -6,7 +6,9 @@ to a memory that is not what it should be change all tokens that follow.
 
 from __future__ import annotations
 
+import functools
 import math
+import socket
 import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -110,6 +112,8 @@ class ToyStage:
         self.first, self.last, self.layers = first, last, layers
         self.on_event = on_event
         self.slots = slots
+        self.width = 4  # bytes of a row that it makes, the first four of which mean something
+        self.wide = 4  # and of one that it takes
         self.pace_s = 0.0
         self.held = trio.Event()
         self.held.set()
@@ -133,18 +137,21 @@ class ToyStage:
             if position > len(memory.rows):
                 self.on_event(Refused(session, "invalid", f"a gap before {position}"))
                 continue
-            if len(payload) != 4 * rows:
+            if len(payload) != self.wide * rows:
                 self.memories.pop(session, None)
                 self.on_event(Refused(session, "invalid", f"{len(payload)} bytes are not {rows} rows"))
                 continue
-            values = struct.unpack(f"<{rows}I", payload)
+            values = [struct.unpack_from("<I", payload, at * self.wide)[0] for at in range(rows)]
             memory.rows[position:] = values
             out = through_layers(memory.rows, self.first, self.last)
             self.rows += rows
-            made = b"" if self.is_head else struct.pack(f"<{rows}I", *out[position:])
+            made = b"" if self.is_head else b"".join(self._row(value) for value in out[position:])
             self.on_event(Computed(session, position, rows, made, 1000, 100))
             if memory.head is not None:
                 memory.head.hear(out)
+
+    def _row(self, value: int) -> bytes:
+        return struct.pack("<I", value) + bytes(self.width - 4)
 
     def crash(self) -> None:
         """The engine dies and starts again."""
@@ -240,6 +247,35 @@ class ToyNode:
         self.alive.cancel()
 
 
+async def slow_line(
+    to: str, bytes_per_s: int, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """A way to the peer at this address that takes its time: reports its own address."""
+    _, kind, host, _, port, *rest = to.split("/")
+
+    async def pump(source: trio.SocketStream, sink: trio.SocketStream) -> None:
+        size = max(1000, bytes_per_s // 50)
+        try:
+            while data := await source.receive_some(size):
+                await sink.send_all(data)
+                await trio.sleep(len(data) / bytes_per_s)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        await sink.aclose()
+
+    async def serve(inbound: trio.SocketStream) -> None:
+        # Little may lie between: else it would be a fast line with a delay.
+        inbound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+        async with await trio.open_tcp_stream(host, int(port)) as outbound, trio.open_nursery() as nursery:
+            nursery.start_soon(pump, inbound, outbound)
+            nursery.start_soon(pump, outbound, inbound)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(functools.partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        own = listeners[0].socket.getsockname()[1]
+        task_status.started("/".join(("", kind, "127.0.0.1", "tcp", str(own), *rest)))
+
+
 class Toys:
     """Makes nodes; plays the gateway."""
 
@@ -256,6 +292,10 @@ class Toys:
 
     async def nodes(self, *ranges: tuple[int, int], layers: int = 12) -> list[ToyNode]:
         return [await self.node(first, last, layers) for first, last in ranges]
+
+    async def slowly(self, node: ToyNode, bytes_per_s: int) -> tuple[str, ...]:
+        """Addresses at which the node is met over a slow line."""
+        return (await self.nursery.start(slow_line, node.host.addresses[0], bytes_per_s),)
 
     def chain_of(self, nodes: Sequence[ToyNode], spares: dict[int, Sequence[ToyNode]] | None = None) -> Chain:
         stages = tuple(

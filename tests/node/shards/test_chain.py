@@ -19,6 +19,7 @@ from protocol.ring import (
     RingFault,
     RingFeed,
     RingOpen,
+    StagePeer,
 )
 
 CARGO = "sha256:" + "c" * 64
@@ -225,3 +226,19 @@ async def test_links_that_break_are_made_anew(toys, answer) -> None:
     assert [
         share.peer for share in open_untrusted(done.receipt, RECEIPT_KIND, RECEIPT, UnixNs(0)).body.stages
     ] == [node.host.peer for node in nodes]
+
+
+async def test_a_slow_line_is_no_dead_stage(toys, answer) -> None:
+    """The prompt's rows take seconds to the next stage, longer than a stage may be silent."""
+    a, b, c = await toys.nodes((0, 4), (4, 9), (9, 12))
+    a.stage.width = b.stage.wide = 24_000  # the prompt: 1.9 MB
+    chain = toys.chain_of([a, b, c])
+    slow = StagePeer(b.host.peer, await toys.slowly(b, 600_000))
+    stages = (chain.stages[0], msgspec.structs.replace(chain.stages[1], holder=slow), chain.stages[2])
+    started = trio.current_time()
+    stream = await toys.offer(msgspec.structs.replace(chain, stages=stages), 4)
+    ids, done = await toys.tokens(stream)
+    assert trio.current_time() - started > 2.5
+    assert ids == answer(4, 12)
+    assert isinstance(done, JobDone)
+    assert not any(work.failed for work in done.stages)
