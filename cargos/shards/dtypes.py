@@ -71,12 +71,13 @@ def decode_untrusted(dtype: Dtype, data: bytes, rows: int, width: int) -> Rows:
     if len(data) != rows * size:
         raise ProtocolError(Fault.MALFORMED, f"{len(data)} bytes for {rows} rows of {size}")
     table = np.frombuffer(data, np.uint8).reshape(rows, size)
-    if dtype == "f32":
-        values = _field(table, 0, width, "<f4").astype(np.float32)
-    elif dtype == "f16s":
-        values = _field(table, 4, width, "<f2").astype(np.float32) * _scales_untrusted(table)
-    else:
-        values = _decode_q8x_untrusted(table, width)
+    with np.errstate(all="ignore"):  # what is no number is looked for below
+        if dtype == "f32":
+            values = _field(table, 0, width, "<f4").astype(np.float32)
+        elif dtype == "f16s":
+            values = _field(table, 4, width, "<f2").astype(np.float32) * _scales_untrusted(table)
+        else:
+            values = _decode_q8x_untrusted(table, width)
     if not np.isfinite(values).all():
         raise ProtocolError(Fault.MALFORMED, "a value that is no finite number")
     return values

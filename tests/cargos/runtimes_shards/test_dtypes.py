@@ -80,6 +80,19 @@ def test_whatever_bytes_come_they_are_finite_rows_or_a_protocol_error(dtype, dat
     assert np.isfinite(back).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fill", [0x00, 0x7C, 0x7D, 0x7F, 0xFC, 0xFF])
+@pytest.mark.parametrize(
+    "scale", [b"\x00\x00\x80\x3f", b"\x00\x00\x00\x01", b"\x00\x00\x80\x7f", b"\x00\x00\x00\x00"]
+)
+def test_bytes_that_are_no_numbers_are_told_apart(dtype, fill, scale):
+    data = scale + bytes([fill]) * (row_bytes(dtype, 30) - 4)
+    try:
+        assert np.isfinite(decode_untrusted(dtype, data, 1, 30)).all()
+    except ProtocolError:
+        assert fill or scale[3] in (0x7F, 0)
+
+
 def test_widths_out_of_range_are_refused():
     for width in (0, -1, (1 << 16) + 1):
         with pytest.raises(ValueError, match="values"):
