@@ -453,11 +453,12 @@ class Gateway:
 
 
 class World:
-    """See the module's text. `delay_ns`: one way, between any two."""
+    """See the module's text. `delay_ns`: one way, between any two; up to `jitter_ns` more for each message."""
 
     def __init__(self, seed: int = 0, *, delay_ns: int = 5 * MILLISECOND_NS, policy: RingPolicy | None = None):
         self.now = Instant(0)
         self.dice = Dice(seed, 4)
+        self.jitter, self.jitter_ns = Dice(seed, 8), 0
         self.delay_ns = delay_ns
         self.policy = policy or RingPolicy()
         self.nodes: dict[str, Node] = {}
@@ -532,7 +533,8 @@ class World:
                 self.later(self.delay_ns, lambda: self._refused(sender, link))
         if not link.up or to not in self.nodes:
             return
-        when = max(self.now + self.delay_ns, link.last.get(sender.name, 0))
+        delay_ns = self.delay_ns + self.jitter.below(self.jitter_ns + 1)
+        when = max(self.now + delay_ns, link.last.get(sender.name, 0))
         link.last[sender.name] = when
 
         def arrive() -> None:

@@ -184,6 +184,7 @@ def test_any_trouble_at_any_moment(case: Any, seed: int) -> None:
         policy=RingPolicy(log_bytes=dice.choice([0, 500, 1 << 20]), window_rows=dice.choice([1, 40, 512])),
         delay_ns=(1 + dice.below(40)) * MILLISECOND_NS,
     )
+    ring.world.jitter_ns = dice.choice([0, 30 * MILLISECOND_NS])
     plan_troubles(ring, dice, 1 + dice.below(8))
     ring.finish()
     ring.is_clean()
@@ -206,6 +207,7 @@ def test_much_trouble_for_several_sessions(case: Any, seed: int) -> None:
         jobs=3,
         slots=dice.choice([2, 3, 64]),
     )
+    ring.world.jitter_ns = dice.choice([0, 30 * MILLISECOND_NS])
     plan_troubles(ring, dice, 4 + dice.below(12))
     ring.finish(400 * SECOND_NS)
     ring.is_clean()
