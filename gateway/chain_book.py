@@ -484,8 +484,8 @@ def _possible(offered: OfferedCargo, sharding: Sharding) -> bool:
 
 
 def _shape(sharding: Sharding, offers: Iterable[Offer]) -> ModelShape:
-    """With memory for sequences as the middle one of the Islands wants it: one that exaggerates changes nothing.
-    Who needs more than its room for it refuses.
+    """With memory for sequences as the middle one of the Islands wants it: one that exaggerates changes
+    nothing. Who needs more than its room for it refuses.
     """
     wanted = sorted((o.slots * o.context_length, o.slots, o.context_length) for _, o in offers) or [(0, 0, 0)]
     _, slots, context = wanted[(len(wanted) - 1) // 2]

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from gateway import archi, chat, cli
 from gateway.archi import build_parser
+from gateway.config import GatewaySettings
 from gateway.connection import (
     Connection,
     connection_path,
@@ -38,6 +39,9 @@ from gateway.demo_screen import (
 )
 from gateway.demo_words import island_command, too_little
 from gateway.keys import hash_of_key
+from gateway.server import overlay_config
+from node.config import OverlaySettings
+from protocol.instants import SECOND_NS
 
 
 @pytest.fixture(autouse=True)
@@ -310,3 +314,10 @@ def test_an_island_is_added_with_the_memory_of_the_others() -> None:
     assert island_command("/ip4/1.2.3.4", " --set shards.memory_mib=150").endswith(
         "--coordinator /ip4/1.2.3.4 --set shards.memory_mib=150"
     )
+
+
+def test_a_gateway_takes_part_in_a_network_with_its_own_k() -> None:
+    settings = GatewaySettings(overlay=OverlaySettings(k=5, provider_ttl_s=30, heal_s=7))
+    config = overlay_config(settings, ("/ip4/127.0.0.1/tcp/1",))
+    assert (config.policy.k, config.heal_s, config.bootstrap) == (5, 7, ("/ip4/127.0.0.1/tcp/1",))
+    assert config.policy.provider_ttl_ns == 30 * SECOND_NS
