@@ -33,7 +33,9 @@ class HeadDuties(RingCore):
     def _begin(self, now: Instant, command: Begin) -> None:
         chain, name = command.chain, command.session
         old = self._sessions.get(name)
-        if old is not None:
+        if old is not None and old.head is not None:
+            self._ended(now, old, old.head)  # nobody waits for its end to come round
+        elif old is not None:
             self._forget(old)
         index = len(chain.stages) - 1
         began = max(0, (now + self._unix_offset_ns) // MILLISECOND_NS)

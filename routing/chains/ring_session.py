@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from protocol.codec import excerpt
 from protocol.envelope import Envelope
 from protocol.ids import PeerId
 from protocol.instants import Instant
@@ -254,4 +255,6 @@ def _replaced(chain: Chain, index: int, stage: Stage) -> Chain:
 
 def work_of(chain: Chain, loss: StageLoss) -> StageWork:
     stage = chain.stages[loss.index]
-    return StageWork(loss.peer, loss.index, stage.first, stage.last, failed=loss.failed, reason=loss.reason)
+    return StageWork(
+        loss.peer, loss.index, stage.first, stage.last, failed=loss.failed, reason=excerpt(loss.reason)
+    )

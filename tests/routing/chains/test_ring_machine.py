@@ -550,6 +550,15 @@ def test_a_session_that_is_stranded_fails_at_the_head_with_a_name(head: Any) -> 
     assert kinds(head.order(ev.Finish(SESSION))) == [("a", RingEnd)]
 
 
+def test_a_session_that_begins_again_before_its_end_came_round_is_ended_first(head: Any) -> None:
+    head.order(ev.Finish(SESSION))
+    out = head.order(ev.Begin(SESSION, chain_of("c"), PeerId("gateway"), deterministic=False))
+    assert kinds(out) == [ev.Ended]
+    ((_, message),) = head.order(draw(0, 1, 2, 3))
+    assert message.began > head.began
+    assert head.hear("b", RingEnd(SESSION)) == []  # of before
+
+
 def test_a_chain_that_is_none_fails_at_once(bench: Any) -> None:
     made = bench("x", (8, 12))
     (failed,) = made.order(ev.Begin(SESSION, chain_of(), PeerId("gateway"), deterministic=False))
