@@ -313,23 +313,29 @@ class _Search(Generic[P]):
         return best
 
     def _changes(self, order: tuple[int, ...], pool: Sequence[int]) -> Iterator[tuple[int, ...]]:
-        """The ring turned, a stage moved, removed, exchanged for another Island, or one more put in."""
+        """Rings with one change, each turned in every way: who is first has the embedding and who is last the
+        head, and what fits there decides as much as who takes part.
+        """
+        for ring in self._other_rings(order, pool):
+            for n in range(len(ring)):
+                yield ring[n:] + ring[:n]
+
+    def _other_rings(self, order: tuple[int, ...], pool: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """As it is; a stage moved, removed, exchanged for another Island, or one more put in."""
+        yield order
         count = len(order)
-        for n in range(1, count):
-            yield order[n:] + order[:n]
         for n in range(count):
             less = order[:n] + order[n + 1 :]
             if count > MIN_STAGES:
                 yield less
-            for to in range(count):
-                if to != n:
-                    yield (*less[:to], order[n], *less[to:])
+            for to in range(1, count - 1):
+                turned = less[n:] + less[:n]  # begins behind the one that moves
+                yield (*turned[:to], order[n], *turned[to:])
         others = [n for n in pool if n not in order]
         for other in others:
             for n in range(count):
                 yield (*order[:n], other, *order[n + 1 :])
-            if count < MAX_STAGES:
-                for n in range(count + 1):
+                if count < MAX_STAGES:
                     yield (*order[:n], other, *order[n:])
 
 
