@@ -271,7 +271,7 @@ class RingMachine(StageDuties):
             return
         alone = session.alone_since is not None and now - session.alone_since >= patience_ns
         heard = self._feeder_heard.get(peer, session.touched) if peer is not None else session.touched
-        if alone or now - heard >= patience_ns:
+        if alone or now - heard >= patience_ns or now - session.moved >= self._policy.idle_ns:
             self._end_behind(session, RingEnd(session.name))
             self._forget(session)
             return

@@ -83,6 +83,7 @@ class RingCore:
             log=RowLog(partial(self._cut, opening.chain.dtype)),
             started=now,
             touched=now,
+            moved=now,
             losses=opening.losses,
         )
         self._sessions[session.name] = session

@@ -170,8 +170,9 @@ class HeadDuties(RingCore):
         if head.ending:
             head.receipts, head.hops = message.receipts, message.hops
             self._ended(now, session, head)
-        else:
-            self._fail_upwards(session, "lost", max(0, session.index - 1), "the stages have let the session go")
+        elif session.intake.have < session.log.end:
+            # They took us for dead, or gone; there is still something to do.
+            self._replace(now, session, "let the session go", once=True, failed=False)
 
     def _ended(self, now: Instant, session: Session, head: Head) -> None:
         last = len(session.chain.stages) - 1

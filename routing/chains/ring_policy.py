@@ -14,8 +14,9 @@ from protocol.ring import MAX_FEED_BYTES, MAX_FEED_ROWS
 MAX_WINDOW_ROWS: Final = 1024
 MAX_WINDOW_BYTES: Final = 2 * MAX_FEED_BYTES
 
-#: What a stage takes in from a stage before it: its window, and one feed that was begun within it.
-MAX_TAKEN_ROWS: Final = MAX_WINDOW_ROWS + MAX_FEED_ROWS
+#: What a stage takes in from a stage before it: its window, and one feed that was begun within it. A stage that
+#: takes over has a window of its own while the engine works on that of the one before.
+MAX_TAKEN_ROWS: Final = 4 * MAX_WINDOW_ROWS + MAX_FEED_ROWS
 
 #: Bytes held back while the engine finishes rows that are void by now.
 MAX_HELD_BYTES: Final = MAX_WINDOW_BYTES + MAX_FEED_BYTES
@@ -60,6 +61,9 @@ class RingPolicy:
     """Until the engine has computed what is void by now; then its memory of the session is given up."""
     orphan_ns: int = 30 * SECOND_NS
     """A session without the stage before it is kept this long: somebody may take that place."""
+    idle_ns: int = 600 * SECOND_NS
+    """A session that gets no rows for this long gives its slot back: as long as a job may take unless its offer
+    says otherwise. Should it go on after all, its rows are made once more."""
     end_ns: int = SECOND_NS
     """Until the end has gone round the ring."""
     window_rows: int = 512

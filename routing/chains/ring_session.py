@@ -129,7 +129,8 @@ class Head:
 class Session:
     """`turn`: the latest that was seen. `asked`: the stage before us was told that we need rows again; what
     does not join until they come is passed over. `told`: acknowledged up to there. `touched`: the last
-    message about it from the stage before; `alone_since`: the link to that one was lost then.
+    message about it from the stage before, or question to it; `moved`: its last rows; `alone_since`: the
+    link to that stage was lost then.
     """
 
     name: str
@@ -144,6 +145,7 @@ class Session:
     log: RowLog
     started: Instant
     touched: Instant
+    moved: Instant
     upstream: PeerId | None = None
     alone_since: Instant | None = None
     turn: int = 0

@@ -95,7 +95,8 @@ class StageDuties(HeadDuties):
         turned = peer != session.upstream
         if turned:
             self._bind(now, session, peer)
-        session.touched, session.alone_since, session.asked = now, None, False
+        session.touched = session.moved = now
+        session.alone_since, session.asked = None, False
         session.told = 0
         have, mark = session.intake.end, session.mark
         self._send(peer, RingOpened(session.name, have, session.turn, session.began, again=turned, mark=mark))
@@ -140,7 +141,7 @@ class StageDuties(HeadDuties):
             return
         if session.upstream != peer:
             return  # of one who was replaced
-        session.touched = now
+        session.touched = session.moved = now
         try:
             self._check(session, message)
             if session.head is not None:

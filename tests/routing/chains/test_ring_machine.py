@@ -455,6 +455,18 @@ def test_one_whose_feeder_forgot_it_asks_and_is_told(opened: Any, bench: Any) ->
     assert ev.Release(SESSION) in stage.hear("a", answer[0][1])
 
 
+def test_a_session_that_nothing_is_done_with_gives_its_slot_back(opened: Any) -> None:
+    stage = opened(RingPolicy(idle_ns=100 * SECOND_NS))
+    out: list[Any] = []
+    for number in range(140):
+        assert ev.Release not in kinds(out) or number >= 100
+        stage.hear("a", RingPing(number))
+        out += stage.wait(SECOND_NS, answering=("h",))
+    assert ev.Release(SESSION) in out
+    ((peer, fault),) = stage.feed(0, 1)
+    assert (peer, fault.code) == ("a", "unknown")  # then the stage before finds another, or this one again
+
+
 def test_only_the_feeder_ends_a_session(opened: Any) -> None:
     stage = opened()
     assert stage.hear("x", RingEnd(SESSION)) == []
@@ -548,6 +560,19 @@ def test_a_session_that_is_stranded_fails_at_the_head_with_a_name(head: Any) -> 
     assert [(work.peer, work.failed) for work in failed.works] == [("b", True)]
     assert head.order(draw(3, 4)) == []
     assert kinds(head.order(ev.Finish(SESSION))) == [("a", RingEnd)]
+
+
+def test_stages_that_let_a_session_go_are_opened_again_if_there_is_something_to_do(head: Any) -> None:
+    out = head.hear("b", RingEnd(SESSION))
+    (asked,) = [one for one in out if isinstance(one, tuple) and isinstance(one[1], RingOpen)]
+    assert (asked[0], asked[1].chain.stages[0].generation) == ("a", 1)
+    head.hear("a", RingOpened(SESSION, 0, 0, head.began))
+    head.feed(0, 3, peer="b")
+    head.done(0, 3)
+    assert head.hear("b", RingEnd(SESSION)) == []  # for the time being there is not
+    head.order(draw(3, 4))
+    out = head.hear("a", RingFault(SESSION, "unknown", 0))
+    assert any(isinstance(one, tuple) and isinstance(one[1], RingOpen) for one in out)
 
 
 def test_a_session_that_begins_again_before_its_end_came_round_is_ended_first(head: Any) -> None:
