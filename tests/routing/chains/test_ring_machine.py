@@ -569,6 +569,7 @@ def test_stages_that_let_a_session_go_are_opened_again_if_there_is_something_to_
     head.hear("a", RingOpened(SESSION, 0, 0, head.began))
     head.feed(0, 3, peer="b")
     head.done(0, 3)
+    head.hear("a", RingAck(SESSION, 3))
     assert head.hear("b", RingEnd(SESSION)) == []  # for the time being there is not
     head.order(draw(3, 4))
     out = head.hear("a", RingFault(SESSION, "unknown", 0))
