@@ -248,7 +248,9 @@ class ChainBook:
         )
         if isinstance(found, Route):
             return Assignment(PeerId(found.chain.head.peer), found.chain)
-        return FULL if found.busy else cargo.progress
+        if found.busy or (cargo.ready and ask.lost):
+            return FULL  # one of those that are left out for a while may take it again, or is seen to be gone
+        return cargo.progress
 
     def measured(self, digest: str, stages: Iterable[StageSeen]) -> None:
         """What the stages before them measured, as the head tells it."""

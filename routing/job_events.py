@@ -82,6 +82,15 @@ class Full:
 FULL: Final = Full()
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict(Generic[P]):
+    """One Island's word that no Island would do this job."""
+
+    peer: P
+    code: str
+    detail: str
+
+
 # --- commands -------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ its stages is only sorted here: who can not have stood in the chain is left out.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,10 +15,12 @@ from protocol.envelope import Envelope, open_untrusted
 from protocol.errors import ProtocolError
 from protocol.ids import CargoDigest, JobId
 from protocol.instants import UnixNs
-from protocol.jobs import RECEIPT, RECEIPT_KIND, JobDone, Receipt, token_hash
+from protocol.jobs import RECEIPT, RECEIPT_KIND, JobDone, Receipt, Usage, token_hash
 from protocol.limits import MAX_CONTEXT_TOKENS
 from protocol.ring import STAGE_RECEIPT, STAGE_RECEIPT_KIND, Chain, Stage, StageReceipt, StageShare, StageWork
+from protocol.work import Generation
 from routing.job_events import StageSeen
+from routing.placement import most_prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,17 @@ class Facts:
     ids: Sequence[int]
     chain: Chain | None
     unix_now: UnixNs
+
+
+def later_session(job: JobId, number: int) -> JobId:
+    """What the job's `number`th chain knows it by: stages of an earlier one may still know its own name."""
+    return JobId(hashlib.sha256(f"{job} {number}".encode()).hexdigest()[: len(job)])
+
+
+def usage_plausible(usage: Usage, made: int, work: Generation) -> bool:
+    """Whether these counts can be true. `made`: tokens that came; `completion_tokens` is checked elsewhere."""
+    cached, prompt = usage.cached_tokens, usage.prompt_tokens
+    return usage.generated_tokens == made and cached <= prompt <= most_prompt_tokens(work)
 
 
 def receipt_untrusted(message: JobDone, peer: object, facts: Facts) -> Receipt | None:

@@ -11,9 +11,7 @@ stream on `Disconnect`, so nothing of an old attempt arrives after it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Generic, TypeAlias, TypeVar
 
@@ -32,7 +30,6 @@ from protocol.jobs import (
     JobReject,
     JobTokens,
     ToIsland,
-    Usage,
 )
 from protocol.limits import MAX_CONTEXT_TOKENS
 from protocol.machine import Disconnect, Effect, Emit, Input, Ordered, PeerLost, Received, Send, Woken
@@ -60,10 +57,10 @@ from routing.job_events import (
     Start,
     SupervisionPolicy,
     TokensReleased,
+    Verdict,
 )
-from routing.job_receipts import Facts, receipt_untrusted, stages_untrusted
+from routing.job_receipts import Facts, later_session, receipt_untrusted, stages_untrusted, usage_plausible
 from routing.pace import Pace
-from routing.placement import most_prompt_tokens
 
 P = TypeVar("P")
 
@@ -83,6 +80,11 @@ MAX_PROGRESS_NOTICES: Final = 10_000
 #: A job that waits for layers to be loaded asks this often how far that is; it is told when they are.
 NOT_YET_NS: Final = SECOND_NS
 
+#: What a head says when a stage and its spares have no free slot, and when it is asked again: adverts tell by
+#: then who is full.
+CHAIN_BUSY: Final = "chain-busy"
+CHAIN_BUSY_NS: Final = 500 * MILLISECOND_NS
+
 #: Reasons that any Island would give: the consumer's to mend.
 CONSUMER_ERRORS: Final = frozenset({"too-long", "invalid"})
 
@@ -99,15 +101,6 @@ class _State(Enum):
     OFFERED = "offered"
     RUNNING = "running"
     ENDED = "ended"
-
-
-@dataclass(frozen=True, slots=True)
-class _Verdict(Generic[P]):
-    """One Island's word that no Island would do this job."""
-
-    peer: P
-    code: str
-    detail: str
 
 
 class JobSupervisor(Generic[P]):
@@ -156,7 +149,7 @@ class JobSupervisor(Generic[P]):
         self._without_island_since: Instant | None = None
         self._pace = Pace(Instant(0))
         self._notices = 0
-        self._verdict: _Verdict[P] | None = None
+        self._verdict: Verdict[P] | None = None
         self._not_yet_until: Instant | None = None
         self._seen_loading: NotYet | None = None
 
@@ -266,17 +259,31 @@ class JobSupervisor(Generic[P]):
             return
         reason = f"error: {excerpt(code)} {excerpt(detail)}"
         accused = tuple(stage for stage in self._stages(now, message) if stage.failed)
+        if self._chain is not None and code == CHAIN_BUSY:
+            if accused:
+                yield Emit(ChainFailed(peer, self._chain, reason, accused))
+            self._lost |= {stage.peer: after(now, FAILED_COOLDOWN_NS) for stage in accused}
+            yield from self._come_back(now, peer, CHAIN_BUSY_NS)
+            return
         if self._chain is None or not accused:
             yield from self._fail_attempt(now, peer, reason)
             return
         # The first time it is believed, for this job: the next chain is without those whom it names. A head
         # that complains again is itself not asked any more.
         yield Emit(ChainFailed(peer, self._chain, reason, accused))
-        for stage in accused:
-            self._lost[stage.peer] = after(now, FAILED_COOLDOWN_NS)
+        self._lost |= {stage.peer: after(now, FAILED_COOLDOWN_NS) for stage in accused}
         again = peer in self._accusers
         self._accusers |= {peer}
         yield from self._fail_attempt(now, peer, reason, blamed=False, avoided=again)
+
+    def _come_back(self, now: Instant, peer: P, wait_ns: int) -> Effects[P]:
+        """It has no place now; that is no failure."""
+        yield from self._speed(peer)
+        self._peer = self._before = None
+        yield Disconnect(peer, "rejected")
+        self._busy |= {peer}
+        self._cooldown[peer] = after(now, wait_ns)
+        yield from self._dispatch(now)
 
     def _tokens(self, now: Instant, peer: P, message: JobTokens, gap_ns: int) -> Effects[P]:
         limit = self._work.max_tokens or MAX_CONTEXT_TOKENS
@@ -297,7 +304,7 @@ class JobSupervisor(Generic[P]):
         if message.usage.completion_tokens != len(self._ids) or message.finish not in {"stop", "length"}:
             yield from self._fail_attempt(now, peer, "done before all tokens were sent")
             return
-        if not self._plausible(message.usage):
+        if not usage_plausible(message.usage, len(self._ids) - self._resumed_at, self._work):
             yield from self._fail_attempt(now, peer, "figures that can not be")
             return
         yield from self._refute(peer)
@@ -344,7 +351,7 @@ class JobSupervisor(Generic[P]):
         if self._verdict is not None:
             yield from self._give_up(code, excerpt(detail))
             return
-        self._verdict = _Verdict(peer, code, excerpt(detail))
+        self._verdict = Verdict(peer, code, excerpt(detail))
         self._cooldown[peer] = self._deadline
         yield from self._dispatch(now)
 
@@ -395,8 +402,7 @@ class JobSupervisor(Generic[P]):
             return self._job
         if not self._going_on:
             self._sessions += 1
-            named = hashlib.sha256(f"{self._job} {self._sessions}".encode()).hexdigest()
-            self._session = self._job if self._sessions == 1 else JobId(named[: len(self._job)])
+            self._session = self._job if self._sessions == 1 else later_session(self._job, self._sessions)
         return self._session
 
     def _wait(self, now: Instant, what: NotYet | Full | None) -> Effects[P]:
@@ -512,12 +518,6 @@ class JobSupervisor(Generic[P]):
             return after(self._pace.alive_at, policy.first_token_ns)
         in_chain = self._chain is not None
         return after(self._pace.alive_at, self._pace.stall_ns(policy, in_chain=in_chain))
-
-    def _plausible(self, usage: Usage) -> bool:
-        """Whether these counts can be true. `completion_tokens` is checked already."""
-        return usage.generated_tokens == len(
-            self._ids
-        ) - self._resumed_at and usage.cached_tokens <= usage.prompt_tokens <= most_prompt_tokens(self._work)
 
     def _facts(self, now: Instant) -> Facts:
         return Facts(

@@ -336,6 +336,16 @@ def test_a_full_chain_is_full_and_not_missing() -> None:
     assert world.place() is FULL
 
 
+def test_a_chain_without_its_lost_stage_is_full_until_it_is_seen_to_be_gone() -> None:
+    world = World()
+    world.form(A, B, C)
+    lost = PeerId(world.chain().stages[1].holder.peer)
+    assert world.place(lost=frozenset({lost})) is FULL
+    world.islands.lost(lost)
+    world.step()
+    assert world.place(lost=frozenset({lost})) is None
+
+
 def test_without_a_manifest_nothing_is_ordered() -> None:
     world = World(sharding=None)
     for peer in (A, B, C):

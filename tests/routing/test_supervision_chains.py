@@ -321,6 +321,20 @@ def test_accused_stages_are_left_out_and_a_head_is_believed_once() -> None:
     assert bench.of(IslandFailed) == []
 
 
+def test_a_chain_whose_spares_are_full_is_tried_again_and_did_not_fail() -> None:
+    bench = Bench([Assignment(HEAD, CHAIN)], policy=SupervisionPolicy(attempts=2))
+    loss = StageWork(MIDDLE, 1, 4, 8, failed=True, reason="gone")
+    for count in range(6):
+        bench.places = [Assignment(HEAD, CHAIN), FULL]
+        bench.wait(SECOND_NS)
+        bench.run(HEAD, 0, 0)
+        bench.say(HEAD, JobError("chain-busy", "no slot", stages=() if count else (loss,)))
+        assert bench.asks[-1].excluded == {HEAD}
+    assert bench.of(JobFailed) == bench.of(IslandFailed) == []
+    assert [s.peer for broken in bench.of(ChainFailed) for s in broken.stages] == [MIDDLE]
+    assert len({offer.job for _, offer in bench.offers}) == len(bench.offers) >= 6
+
+
 def test_an_accusation_of_strangers_is_the_heads_own_failure() -> None:
     bench = Bench([Assignment(HEAD, CHAIN)])
     bench.run(HEAD, 0, 2)
