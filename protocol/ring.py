@@ -224,6 +224,7 @@ class RingOpened(Message, frozen=True, gc=False, tag="rd"):
     """Rows below `have` are in this stage's memory, and it knows of all turns up to `turn`. `began`: of which
     head this speaks. `again`: said unasked: the stage has lost rows (its engine died, its log was too large),
     so send from `have` on once more. `mark`: of the first stage, a hash of the tokens below `have`.
+    `asks`: nothing came for long; is this session still yours? Who does not know it answers with `RingEnd`.
     """
 
     session: SessionId
@@ -232,6 +233,7 @@ class RingOpened(Message, frozen=True, gc=False, tag="rd"):
     began: _Count = 0
     again: bool = False
     mark: Annotated[bytes, Meta(max_length=MARK_BYTES)] = b""
+    asks: bool = False
 
 
 class RingAck(Message, frozen=True, gc=False, tag="ra"):

@@ -181,9 +181,9 @@ class RingMachine(StageDuties):
             return
         session = self._sessions.get(message.session)
         if session is None:
-            if isinstance(message, RingOpened):
+            if isinstance(message, RingOpened) and message.asks:
                 # It still has a session that is over here, or was given up, and nobody told it.
-                self._send(peer, RingEnd(message.session))
+                self._send(peer, RingEnd(message.session, replaced=True))
             return
         if session.outlet.peer != peer:
             return
@@ -278,7 +278,8 @@ class RingMachine(StageDuties):
         if peer is not None and now - session.touched >= patience_ns:
             # It feeds others, but of this one it may know nothing any more; then it answers with the end.
             session.touched = now
-            self._send(peer, RingOpened(session.name, session.intake.end, session.turn, session.began))
+            have = session.intake.end
+            self._send(peer, RingOpened(session.name, have, session.turn, session.began, asks=True))
         due = min(heard, session.touched)
         if session.alone_since is not None:
             due = min(due, session.alone_since)

@@ -12,6 +12,7 @@ from protocol.instants import MILLISECOND_NS, Instant, after
 from protocol.machine import Disconnect, Effect, Emit, Send
 from protocol.ring import (
     MAX_LOSS_CHARS,
+    MAX_LOSSES,
     FromStage,
     RingAck,
     RingEnd,
@@ -288,8 +289,9 @@ class RingCore:
             return
         lost = chain.stages[index]
         loss = StageLoss(lost.holder.peer, index, lost.generation, failed, reason[:MAX_LOSS_CHARS])
-        renewed = with_spare(chain, index)
-        if renewed is None and once and not outlet.again:
+        tired = len(session.losses) >= MAX_LOSSES  # so often that it will go on like this
+        renewed = None if tired else with_spare(chain, index)
+        if renewed is None and once and not outlet.again and not tired:
             outlet.again = True
             renewed = once_more(chain, index)
         elif renewed is not None:

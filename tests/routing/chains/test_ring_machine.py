@@ -371,6 +371,19 @@ def test_when_nobody_is_left_the_stage_before_hears_it_and_so_does_a_later_one(f
     assert ("z", fault) in stage.hear("z", opening(1, later))
 
 
+def test_a_link_that_breaks_again_and_again_is_not_mended_for_ever(feeding: Any) -> None:
+    stage = feeding()
+    for number in range(100):
+        peer = "cde"[min(number, 2)]
+        out = stage.order(ev.DownstreamLost(PeerId(peer), "reset"))
+        if ev.StageReplaced not in kinds(out):
+            break
+        stage.hear("cde"[min(number + 1, 2)], RingOpened(SESSION, 0, 0, 7))
+        stage.hear("cde"[min(number + 1, 2)], RingAck(SESSION, 1))
+    assert [(one[0], one[1].code) for one in out] == [("a", "stranded")]
+    assert number == 32
+
+
 def test_a_stage_that_lives_but_does_not_work_is_replaced(feeding: Any) -> None:
     stage = feeding(RingPolicy(stall_ns=5 * SECOND_NS))
     out = stage.wait(4 * SECOND_NS, answering=("c",))
@@ -449,7 +462,8 @@ def test_one_whose_feeder_forgot_it_asks_and_is_told(opened: Any, bench: Any) ->
         out += stage.wait(SECOND_NS, answering=("h",))
     question = next(one[1] for one in out if isinstance(one, tuple) and isinstance(one[1], RingOpened))
     answer = bench("a", (0, 4)).hear("b", question)
-    assert answer == [("b", RingEnd(SESSION))]
+    assert answer == [("b", RingEnd(SESSION, replaced=True))]
+    assert bench("a", (0, 4)).hear("b", msgspec.structs.replace(question, asks=False)) == []  # a mere answer
     assert ev.Release(SESSION) in stage.hear("a", answer[0][1])
 
 
