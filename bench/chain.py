@@ -30,7 +30,7 @@ LLAMA = "llama.cpp"
 SESSIONS = 8
 TOKENS = 48
 SHORT_WORDS = 24
-LONG_WORDS = 240
+LONG_WORDS = 120
 
 
 def generation(client: Client, dice: Dice) -> float:
