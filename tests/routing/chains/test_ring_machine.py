@@ -218,6 +218,15 @@ def test_a_correction_waits_until_the_engine_is_through_with_what_is_void(opened
     assert not any(isinstance(one, tuple) and isinstance(one[1], RingFeed) for one in out)
 
 
+def test_a_head_that_is_ahead_with_its_turns_still_gets_the_rows_of_its_last_one(opened: Any) -> None:
+    stage = opened(have=None)
+    stage.hear("h", RingOpened(SESSION, 0, 2, 7))
+    stage.feed(0, 4)
+    stage.done(0, 4)  # the last two are void at the head already
+    stage.feed(2, 1, turn=2, mark=9)
+    assert ("h", RingFeed(SESSION, 2, 1, b"\x08" * 16, 2)) in stage.done(2, 1, mark=8)
+
+
 def test_an_engine_that_never_ends_what_is_void_is_started_over(opened: Any) -> None:
     stage = opened()
     stage.feed(0, 6)
