@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from protocol.adverts import IslandAdvert, OfferedCargo
+from protocol.adverts import IslandAdvert, OfferedCargo, ShardRange
 from protocol.instants import SECOND_NS, Instant, after
 from routing.islands import IslandBook, naming_of
 
@@ -27,6 +27,7 @@ offers = st.builds(
     queued=st.integers(0, 2),
     decode_tps=st.sampled_from([0.0, 1.0, 5.0, 100.0]),
     prefill_tps=st.just(10.0),
+    shard=st.sampled_from([None, None, ShardRange(0, 2, 4), ShardRange(0, 0, 4, room_mib=5)]),
 )
 cargos = st.lists(offers, max_size=3, unique_by=lambda offered: offered.digest).map(tuple)
 
@@ -85,10 +86,12 @@ class Book(RuleBasedStateMachine):
                 continue
             assert shelf is not None
             good = [offered for offered in here.values() if offered is not None and offered.state != "failed"]
-            ready = [offered for offered in good if offered.state == "ready"]
+            whole = [offered for offered in good if offered.shard is None]
+            ready = [offered for offered in whole if offered.state == "ready"]
+            assert shelf.shards == sum(o is not None and o.shard is not None for o in here.values())
             assert shelf.usable == bool(good)
             assert (shelf.islands, shelf.ready) == (len(good), len(ready))
-            assert shelf.decode_tps == max((o.decode_tps for o in good), default=0.0)
+            assert shelf.decode_tps == max((o.decode_tps for o in whole), default=0.0)
             assert shelf.context_length == max((o.context_length for o in ready or good), default=0)
             assert sum(shelf.namings.values()) == len(good)
             assert set(shelf.namings) == {naming_of(o) for o in good}
