@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.adverts import ADVERT_TTL_NS, IslandAdvert, OfferedCargo
+from protocol.adverts import ADVERT_TTL_NS, IslandAdvert, OfferedCargo, ShardRange
 from protocol.ids import CargoDigest
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
 from protocol.work import ChatMessage, ChatPrompt, Generation, Sampling, TextPrompt, TokenPrompt
@@ -97,6 +97,15 @@ def test_who_does_not_qualify() -> None:
     assert order(book) == ["good", "loading", "small"]  # what looks too small is asked last
     ranked = rank(NOW, book, JOB, lambda _: 0, excluded={"good"})
     assert [candidate.peer for candidate in ranked] == ["loading", "small"]
+
+
+def test_who_has_only_a_part_or_room_for_one_does_not_run_the_whole() -> None:
+    book = book_of(
+        part=advert(shard=ShardRange(0, 5, 10), decode_tps=1000.0),
+        room=advert(shard=ShardRange(0, 0, 10, room_mib=100), decode_tps=1000.0),
+        whole=advert(decode_tps=1.0),
+    )
+    assert order(book) == ["whole"]
 
 
 def test_a_suspect_is_last_and_forgiven() -> None:
