@@ -122,6 +122,15 @@ class ChainKeeper:
             for peer, stage in zip(peers, chain.stages, strict=True)
         )
 
+    def why_nobody(self, cargo: CargoDigest) -> str:
+        """Why there is no chain for it, for its consumer; empty if that is not so."""
+        short = self.book.shortage(cargo)
+        return (
+            ""
+            if short is None
+            else f"the Islands have too little memory for this model together: {short.detail}"
+        )
+
     def measured(self, cargo: CargoDigest, stages: Iterable[StageSeen]) -> None:
         self.book.measured(cargo, stages)
 

@@ -165,6 +165,7 @@ class MeshJob:
             unix_offset_ns=mesh.unix_offset_ns,
             name_of=mesh.name_of,
             consumer=mesh.peer,
+            why_nobody=lambda: mesh.chains.why_nobody(cargo),
         )
 
     def begin(self) -> None:

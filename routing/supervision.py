@@ -105,7 +105,7 @@ class _State(Enum):
 
 class JobSupervisor(Generic[P]):
     """See the module's text. `unix_offset_ns`: civil time minus the clock that instants come from.
-    `consumer`: whose name receipts must bear.
+    `consumer`: whose name receipts must bear. `why_nobody`: what is known of why no Island can take it.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class JobSupervisor(Generic[P]):
         unix_offset_ns: int,
         name_of: Callable[[P], str],
         consumer: str,
+        why_nobody: Callable[[], str] = str,
     ) -> None:
         self._job = job
         self._cargo = cargo
@@ -127,7 +128,7 @@ class JobSupervisor(Generic[P]):
         self._policy = policy
         self._unix_offset_ns = unix_offset_ns
         self._name_of = name_of
-        self._consumer = consumer
+        self._consumer, self._why_nobody = consumer, why_nobody
         self._state = _State.WAITING
         self._peer: P | None = None
         self._chain: Chain | None = None
@@ -425,7 +426,8 @@ class JobSupervisor(Generic[P]):
                 yield from self._give_up("busy", "every Island that runs this model is busy", retry_ms)
             else:
                 lost = f"; the last one failed: {self._last_failure}" if self._last_failure else ""
-                yield from self._give_up("no-islands", f"no Island runs this model now{lost}", 5 * retry_ms)
+                why = self._why_nobody() or "no Island runs this model now"
+                yield from self._give_up("no-islands", why + lost, 5 * retry_ms)
         else:
             if what is not None:
                 self._not_yet_until = after(now, NOT_YET_NS)

@@ -409,6 +409,8 @@ async def test_too_little_memory_is_no_reason_to_wait_for_ever(net) -> None:
         events = await here.job()
         assert isinstance(events[-1], Failed)
         assert events[-1].code == "no-islands"
+        assert "too little memory" in events[-1].detail
+        assert "1 Island offers 80 MiB" in events[-1].detail
 
 
 async def test_a_head_that_dies_is_replaced_by_its_spare_in_the_same_session(net) -> None:
