@@ -439,7 +439,10 @@ class ChainBook:
         cargo.balanced = now
         rooms = self._rooms(now, cargo, offers, digest)
         unmoved = [h for h in held if h.peer not in cargo.asking and h.peer not in cargo.taken]
-        moves = cargo.balancer.moves(now, _shape(sharding, offers), rooms, unmoved)
+        shape = _shape(sharding, offers)
+        moves = cargo.balancer.moves(now, shape, rooms, unmoved)
+        if not moves:
+            moves = cargo.balancer.further(now, shape, rooms, unmoved, self._rtt_of)
         orders = tuple(Order(move.peer, HoldShard(digest, move.first, move.last)) for move in moves)
         for order in orders:
             cargo.asking[order.peer] = (order.hold.first, order.hold.last)

@@ -46,6 +46,9 @@ RETRY_S: Final = 60.0
 _LOADING_LOOK_S: Final = 0.1
 _LOOK_S: Final = 1.0
 
+#: How soon others hear that a slot has become free here, or was taken: jobs may wait for it.
+_BUSY_LOOK_S: Final = 0.25
+
 ShardState: TypeAlias = Literal["room", "fetching", "loading", "ready", "failed"]
 StageOpener: TypeAlias = Callable[[StageSpec, OnEvent], AbstractAsyncContextManager[StageRuntime]]
 
@@ -339,6 +342,7 @@ class ShardHost:
     async def _watch(self, shard: HostedShard, runtime: StageRuntime, first: int, last: int) -> None:
         await runtime.ready()
         self._ring.hold(shard.entry.digest, first, last, runtime)
+        active = 0
         while True:
             load = runtime.load()
             if load.state == "failed":
@@ -347,7 +351,10 @@ class ShardHost:
                 self._note(shard, load.state, load.detail)
             if load.active:
                 shard.used_at = trio.current_time()
-            await trio.sleep(_LOADING_LOOK_S if load.state == "loading" else _LOOK_S)
+            if load.active != active:
+                active = load.active
+                self._changed()
+            await trio.sleep(_LOADING_LOOK_S if load.state == "loading" else _BUSY_LOOK_S)
 
     def _spec(self, shard: HostedShard, path: Path, first: int, last: int) -> StageSpec:
         manifest = shard.entry.manifest
