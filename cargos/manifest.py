@@ -29,6 +29,9 @@ SCHEMA_VERSION: Final = 1
 #: Keeps a manifest's digest apart from any other SHA-256 in the system, and schema versions from each other.
 CANONICAL_DOMAIN: Final = b"archipelag-cargo-1\n"
 
+#: The role of a small model with the same vocabulary, by which heads of chains may draft (docs/sharding.md).
+ROLE_DRAFT: Final = "draft"
+
 #: Where a detached signature bundle of `x.toml` is looked for: `x.sigstore.json`.
 SIGNATURE_SUFFIX: Final = ".sigstore.json"
 

@@ -114,6 +114,22 @@ class CargoStore:
             f"files of {manifest.name} vanish from {self.root} as fast as they come", "Who removes them?"
         )
 
+    async def ensure_file(
+        self,
+        file: CargoFile,
+        *,
+        base: PurePath | None = None,
+        progress: ProgressCallback | None = None,
+        peers: PieceFetcher | None = None,
+    ) -> Path:
+        """One file of a Cargo without the others; it appears in no Cargo's folder. Arguments as in `ensure`."""
+        await trio.to_thread.run_sync(self._prepare)
+        if not await self._ready(file, verify=False):
+            await trio.to_thread.run_sync(self._check_space, [file])
+            here = None if base is None else Path(base)
+            await self._obtain(file, here, progress or _ignore, peers, verify=False)
+        return self._blob(file)
+
     def list(self) -> list[StoredCargo]:
         """The Cargos fetched so far, by name and version. Raises StoreUnusable."""
         found: list[StoredCargo] = []

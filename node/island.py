@@ -22,7 +22,7 @@ import trio
 
 from cargos.catalogue import CargoEntry
 from cargos.errors import CargoError, FetchFailed
-from cargos.manifest import Manifest, RuntimeType
+from cargos.manifest import ROLE_DRAFT, Manifest, RuntimeType
 from cargos.progress import FetchProgress
 from cargos.resolve import resolve_cargo
 from cargos.runtimes.base import Runtime, RuntimeFailed, RuntimeSpec
@@ -342,7 +342,7 @@ class Island:
         engine = self.settings.engine
         spec = RuntimeSpec(
             name=manifest.name,
-            files={name: str(path) for name, path in files.items()},
+            files={file.name: str(files[file.name]) for file in manifest.files if file.role != ROLE_DRAFT},
             context_length=engine.context_length or manifest.context_length,
             chat_template=manifest.chat_template,
             system_prompt=manifest.defaults.system_prompt,

@@ -21,7 +21,7 @@ from cargos.errors import CargoError, FetchFailed, SourceFailed, StoreUnusable
 from cargos.from_peers import PieceFetcher
 from cargos.locator import HttpLocator, HubLocator, is_local, parse_locator_untrusted
 from cargos.lock import file_lock
-from cargos.manifest import CargoFile, Manifest, Sharding
+from cargos.manifest import ROLE_DRAFT, CargoFile, Manifest, Sharding
 from cargos.part import store_errors
 from cargos.progress import FetchProgress, FetchState, ProgressCallback
 from cargos.shards.architectures import CanNotCut
@@ -98,6 +98,22 @@ class ShardStore:
                     await job.make(target, first, last)
         tell(FetchProgress(target.name, "", 1, 1, "done"))
         return target
+
+    async def ensure_draft(
+        self,
+        manifest: Manifest,
+        *,
+        base: PurePath | None = None,
+        progress: ProgressCallback | None = None,
+        fetch_pieces: PieceFetcher | None = None,
+    ) -> Path | None:
+        """The small model that heads of this Cargo may draft with (the file with the role 'draft'); None if the
+        Cargo has none. Raises FetchFailed, StoreUnusable.
+        """
+        file = manifest.file_with_role(ROLE_DRAFT)
+        if file is None:
+            return None
+        return await self._store.ensure_file(file, base=base, progress=progress, peers=fetch_pieces)
 
     def path(self, file: CargoFile, first: int, last: int) -> Path:
         """Where the slice is, if it is there."""

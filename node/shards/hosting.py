@@ -71,6 +71,17 @@ class SliceStore(Protocol):
         """The slice's GGUF. Raises CargoError."""
         ...
 
+    async def ensure_draft(
+        self,
+        manifest: Manifest,
+        *,
+        base: PurePath | None = None,
+        progress: ProgressCallback | None = None,
+        fetch_pieces: PieceFetcher | None = None,
+    ) -> Path | None:
+        """What a head drafts with, if the Cargo names a model for it. Raises CargoError."""
+        ...
+
 
 def runs_whole(manifest: Manifest, settings: ShardSettings, left_mib: int) -> bool:
     """Whether the Cargo is run whole here, with `left_mib` for it and what comes after."""
@@ -324,8 +335,13 @@ class ShardHost:
                 progress=note,
                 fetch_pieces=self._fetch_pieces,
             )
+            draft = None
+            if last == shard.layers and self._settings.drafts:
+                draft = await self._store.ensure_draft(
+                    manifest, base=shard.entry.base, progress=note, fetch_pieces=self._fetch_pieces
+                )
             self._fetched()
-            spec = self._spec(shard, path, first, last)
+            spec = self._spec(shard, path, first, last, draft)
             self._note(shard, "loading")
             async with self._opener(spec, self._ring.events_of(digest)) as runtime:
                 shard.runtime = runtime
@@ -356,7 +372,7 @@ class ShardHost:
                 self._changed()
             await trio.sleep(_LOADING_LOOK_S if load.state == "loading" else _BUSY_LOOK_S)
 
-    def _spec(self, shard: HostedShard, path: Path, first: int, last: int) -> StageSpec:
+    def _spec(self, shard: HostedShard, path: Path, first: int, last: int, draft: Path | None) -> StageSpec:
         manifest = shard.entry.manifest
         return StageSpec(
             name=manifest.name,
@@ -369,6 +385,7 @@ class ShardHost:
             system_prompt=manifest.defaults.system_prompt,
             slots=self._settings.slots,
             threads=self._engine.threads,
+            draft_path=None if draft is None else str(draft),
         )
 
     def _note(self, shard: HostedShard, state: ShardState, detail: str = "") -> None:

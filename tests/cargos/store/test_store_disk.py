@@ -46,6 +46,18 @@ async def test_a_file_that_two_cargos_share_is_kept_once(store, cargo, blob, sho
     assert one["x.gguf"].samefile(two["y.gguf"])
 
 
+async def test_one_file_of_a_cargo_alone(store, cargo, blob, shop):
+    (shop / "d").write_bytes(blob(MIB))
+    manifest = cargo(("draft.gguf", blob(MIB), ["file:d"]), ("m.gguf", blob(MIB, 2), ["file:gone"]))
+    path = await store.ensure_file(manifest.files[0], base=shop)
+    assert path.read_bytes() == blob(MIB)
+    assert store.list() == []
+    (shop / "d").unlink()
+    assert await store.ensure_file(manifest.files[0], base=shop) == path
+    with pytest.raises(FetchFailed, match="gone"):
+        await store.ensure_file(manifest.files[1], base=shop)
+
+
 async def test_bad_local_files(store, cargo, blob, shop, leftovers):
     (shop / "short").write_bytes(blob(10))
     (shop / "other").write_bytes(blob(20, 2))

@@ -75,6 +75,11 @@ class Engine:
 class Store:
     def __init__(self) -> None:
         self.fail = ""
+        self.draft: Path | None = None
+
+    async def ensure_draft(self, manifest: Any, **_: Any) -> Path | None:
+        await trio.lowlevel.checkpoint()
+        return self.draft
 
     async def ensure(self, manifest: Any, first: int, last: int, **_: Any) -> Path:
         await trio.lowlevel.checkpoint()
@@ -174,6 +179,21 @@ async def test_room_becomes_layers_and_survives_a_restart(island, until, tmp_pat
     (tmp_path / FILE_NAME).write_text('{"x": {"first": -1}}')
     async with island() as damaged:
         assert damaged.shard.state == "room"
+
+
+async def test_heads_draft_with_the_model_that_their_cargo_names(island, until) -> None:
+    drafts_off = msgspec.structs.replace(SETTINGS, drafts=False)
+    for settings, (first, last), given in (
+        (SETTINGS, (0, 10), None),
+        (SETTINGS, (20, 30), "/draft.gguf"),
+        (drafts_off, (20, 30), None),
+    ):
+        async with island(settings) as one:
+            one.store.draft = Path("/draft.gguf")
+            assert await one.order(first, last) == (first, last)
+            await until(lambda one=one: one.shard.state == "ready")
+            assert one.engine.specs[-1].draft_path == given
+            await one.order(5, 5)
 
 
 async def test_who_may_order_and_what(island) -> None:
