@@ -184,7 +184,8 @@ class HeadEngine(StageEngine):
         # A draft makes one token more at most: with all of them right there must be leave and room for it.
         spare = min(sequence.granted, sequence.job.room) - sequence.made - 1
         pace = self.meter.pace
-        row_ns = pace.prefill_layer_ns * self._stage.layers + pace.vocabulary_ns
+        # A handful of rows gains half of what a large batch would: kernels for few rows read weights for each.
+        row_ns = (pace.layer_ns + pace.prefill_layer_ns) // 2 * self._stage.layers + pace.vocabulary_ns
         return speculation.draft(
             voice.trip_ns or voice.own_trip_ns, row_ns * len(self._voices), min(spare, MAX_TOGETHER - 1)
         )
