@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cargos.runtimes.shards.head_runtime import ShardHead
-    from cargos.runtimes.shards.runtime import SessionMemory, ShardOptions, ShardStage, open_stage
+    from cargos.runtimes.shards.opening import open_stage
+    from cargos.runtimes.shards.runtime import SessionMemory, ShardOptions, ShardStage
 
 __all__ = ["SessionMemory", "ShardHead", "ShardOptions", "ShardStage", "open_stage"]
 
@@ -18,6 +19,7 @@ def __getattr__(name: str) -> object:
     # Late, because the worker process imports this package too and has no use for trio: it starts sooner.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from cargos.runtimes.shards import head_runtime, runtime  # noqa: PLC0415  (the reason is the line above)
+    from cargos.runtimes.shards import head_runtime, opening, runtime  # noqa: PLC0415  (the reason is the line above)
 
-    return getattr(head_runtime if name == "ShardHead" else runtime, name)
+    homes = {"ShardHead": head_runtime, "open_stage": opening}
+    return getattr(homes.get(name, runtime), name)

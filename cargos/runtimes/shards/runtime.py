@@ -1,9 +1,8 @@
-"""A stage, seen from the peer: `open_stage` and what it has its supervised worker process do."""
+"""A stage, seen from the peer: what it has its supervised worker process do."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ import trio
 
 from cargos.runtimes.base import RuntimeFailed
 from cargos.runtimes.llama.runtime import LlamaOptions
-from cargos.runtimes.llama.supervise import Kept, Supervisor, kept_running
+from cargos.runtimes.llama.supervise import Kept, Supervisor
 from cargos.runtimes.llama.wire import Cancel, LoadFailed, Loading
 from cargos.runtimes.shards.base import Computed, Lost, OnEvent, Refused, StageLoad, StageSpec, Wanted
 from cargos.runtimes.shards.wire import (
@@ -283,25 +282,6 @@ class ShardStage(Kept[ToShard, FromShard]):
             self._forget(name)
             self._on_event(Refused(name, "busy", detail))
         self._waiting.clear()
-
-
-@asynccontextmanager
-async def open_stage(
-    spec: StageSpec, on_event: OnEvent, options: ShardOptions | None = None
-) -> AsyncGenerator[ShardStage]:
-    """Load a slice; it is a `ShardHead` if the slice has the last layer.
-
-    Yields at once; the slice loads meanwhile (`load().state`, `ready()`), and what the stage is told before is
-    done then. On leaving, the worker is gone.
-    """
-    if spec.is_head:
-        from cargos.runtimes.shards.head_runtime import ShardHead  # noqa: PLC0415  (it derives from what is here)
-
-        stage: ShardStage = ShardHead(spec, on_event, options or ShardOptions())
-    else:
-        stage = ShardStage(spec, on_event, options or ShardOptions())
-    async with kept_running(stage.supervise):
-        yield stage
 
 
 if TYPE_CHECKING:
