@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Final, Literal, TypeAlias
 
-import msgspec
 from msgspec import Meta
 
 from protocol.codec import Codec, Message
@@ -130,24 +129,6 @@ class Chain(Part, frozen=True, gc=False):
                 return False
             at = stage.last
         return len({stage.holder.peer for stage in self.stages}) == len(self.stages)
-
-
-def merged(ours: Chain, theirs: Chain) -> Chain:
-    """Of two accounts of one chain, at each place the newer one. Commutative for accounts of honest peers.
-
-    Accounts of chains with other layers do not merge: `ours` stays.
-    """
-    same = (
-        ours.cargo == theirs.cargo
-        and len(ours.stages) == len(theirs.stages)
-        and all((a.first, a.last) == (b.first, b.last) for a, b in zip(ours.stages, theirs.stages, strict=True))
-    )
-    if not same:
-        return ours
-    stages = tuple(
-        b if b.generation > a.generation else a for a, b in zip(ours.stages, theirs.stages, strict=True)
-    )
-    return msgspec.structs.replace(ours, stages=stages)
 
 
 class StageLoss(Part, frozen=True, gc=False, array_like=True):
