@@ -28,6 +28,9 @@ PROVIDER_TTL_S = 9
 #: Bootstrap peers are asked this often.
 HEAL_S = 8
 
+#: Within this time a lookup lacks nobody: one retry in virtual time, in real as many as a busy machine needs.
+LATE_S = {"sim": 3.0, "node": 45.0}
+
 SIM_PEERS = 36
 NODE_PEERS = 16
 LAB_PEERS = 10
@@ -63,14 +66,16 @@ class Scenario:
         return len(set(truth) - set(found.peers))
 
     async def still_missing(self, asker: int, key: int) -> int:
-        """The same for a lookup now; should it lack somebody, for a second one a little later. A far peer is
-        left out of a result if a link to it had to be opened first; then there is one.
+        """The same for a lookup now; should it lack somebody, for the best of those made in the time after it.
+        Who is late is left out of a result: a far peer if a link to it had to be opened first, any process
+        while others keep it from its processor.
         """
         missing = self.missing(asker, key, await self.net.find_closest(asker, key))
-        if not missing:
-            return 0
-        await self.net.wait(3)
-        return self.missing(asker, key, await self.net.find_closest(asker, key))
+        deadline_s = self.net.now_s + LATE_S[self.net.kind]
+        while missing and self.net.now_s < deadline_s:
+            await self.net.wait(3)
+            missing = min(missing, self.missing(asker, key, await self.net.find_closest(asker, key)))
+        return missing
 
 
 @pytest.fixture(scope="package")
