@@ -12,13 +12,14 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
 import venv
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,8 @@ COMMANDS = {"gcc": "gcc", "g++": "g++", "make": "make"}
 HEADERS = {"gmp.h": "libgmp-dev", "Python.h": "python3-dev"}
 
 NINJA_STEP = re.compile(r"\[(\d+)/(\d+)\]")
+# A line of progress at most this often; in a log file, where each stays, more seldom.
+PROGRESS_S = 1.0 if sys.stdout.isatty() else 10.0
 
 
 def main() -> int:
@@ -72,7 +75,7 @@ def prepare(lock: Path, stamp: str) -> int:
     missing = missing_system_packages()
     if missing and not install_system_packages(missing):
         return fail(f"missing system packages; run:  sudo apt-get install {' '.join(missing)}")
-    if not PYTHON.exists():
+    if not has_pip():
         say("virtual environment in .venv")
         try:
             venv.create(VENV, with_pip=True, clear=VENV.exists())
@@ -92,6 +95,13 @@ def prepare(lock: Path, stamp: str) -> int:
     STAMP.write_text(stamp)
     say(f"ready after {time.monotonic() - started:.0f} s")
     return 0
+
+
+def has_pip() -> bool:
+    """Whether .venv is whole: a set-up that was interrupted early leaves a Python without pip."""
+    if not PYTHON.exists():
+        return False
+    return subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
 
 
 def missing_system_packages() -> list[str]:
@@ -139,18 +149,12 @@ def native_wheel() -> Path:
         *("-C", f"build-dir={partial / 'objects'}", "-w", str(partial), str(source)),
     ]
     log = partial / "build.log"
-    with (
-        log.open("w") as out,
-        subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as build,
-    ):
-        assert build.stdout is not None  # noqa: S101 - Popen(stdout=PIPE) guarantees it
+    with log.open("w") as out, running(command, environment) as (build, lines):
         shown = 0.0
-        for line in build.stdout:
+        for line in lines:
             out.write(line)
             step = NINJA_STEP.search(line)
-            if step and (time.monotonic() - shown > 1.0 or step[1] == step[2]):
+            if step and (time.monotonic() - shown > PROGRESS_S or step[1] == step[2]):
                 progress(int(step[1]), int(step[2]))
                 shown = time.monotonic()
     if sys.stdout.isatty():
@@ -170,6 +174,7 @@ def native_source(partial: Path) -> Path:
     source = partial / "source"
     if source.is_dir():
         return source
+    say("fetching the source of the engine")
     lock = LOCKS / "native.txt"
     options = ("--no-deps", "--no-build-isolation", "--require-hashes", "--no-binary", ":all:")
     pip(1, "download", *options, "-d", str(partial), "-r", str(lock))
@@ -221,9 +226,8 @@ def pip(total: int, *arguments: str) -> None:
     ]
     lines: list[str] = []
     done = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None  # noqa: S101 - Popen(stdout=PIPE) guarantees it
-        for line in process.stdout:
+    with running(command, dict(os.environ)) as (process, output):
+        for line in output:
             lines.append(line)
             if line.startswith(("Collecting ", "Requirement already satisfied", "Processing ")):
                 done += 1
@@ -247,6 +251,34 @@ def pip(total: int, *arguments: str) -> None:
         )
 
 
+@contextmanager
+def running(
+    command: list[str], environment: dict[str, str]
+) -> Generator[tuple[subprocess.Popen[str], Iterable[str]]]:
+    """A command and the lines that it prints. If we are interrupted, it ends with all that it started.
+
+    A compiler's whole tree stands below it, so it has a process group of its own to be ended by: otherwise a
+    `kill` of the set-up left a build going on, and the next set-up compiled into the same folder.
+    """
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None  # noqa: S101 - Popen(stdout=PIPE) guarantees it
+        try:
+            yield process, process.stdout
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            raise
+
+
 def fingerprint(files: list[Path]) -> str:
     digest = hashlib.sha256(sys.version.encode())
     for file in files:
@@ -262,7 +294,7 @@ def progress(done: int, total: int) -> None:
     text = f"  compiling {done}/{total}"
     if sys.stdout.isatty():
         print(f"\r{text}", end="", flush=True)
-    elif done == total or done % 10 == 0:
+    else:
         print(text, flush=True)
 
 
@@ -276,6 +308,8 @@ def fail(text: str) -> int:
 
 
 if __name__ == "__main__":
+    # A `kill` ends it as Ctrl-C does: with what it started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except OSError as error:
