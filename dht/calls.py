@@ -61,6 +61,11 @@ class Calls:
     def note(self, number: int, note: int) -> None:
         self._open[number].note = note
 
+    def is_open(self, number: int, peer: int) -> bool:
+        """Whether this peer was asked with this number, and has not answered yet."""
+        call = self._open.get(number)
+        return call is not None and call.peer == peer
+
     def finish(self, number: int, peer: int) -> Call | None:
         """The call that this peer answers with this number, now closed; None if there is none."""
         call = self._open.get(number)

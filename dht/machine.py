@@ -136,6 +136,10 @@ class DhtMachine:
     def open_calls(self) -> int:
         return len(self._core.calls)
 
+    def awaits(self, peer: int, call: int) -> bool:
+        """Whether this peer owes us the answer to this call; what else calls itself an answer is not read."""
+        return self._core.calls.is_open(call, peer)
+
     @property
     def ping_interval_ns(self) -> int:
         """The present interval of pings; shorter than the policy's while entries prove dead."""

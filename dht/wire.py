@@ -170,6 +170,17 @@ WireMessage: TypeAlias = (
 )
 DHT_CODEC: Final[Codec[WireMessage]] = Codec(WireMessage)
 
+#: What answers a call; all others ask.
+WIRE_ANSWERS: Final = (
+    WirePong,
+    WireNodes,
+    WireRecords,
+    WireProviders,
+    WireKept,
+    WirePage,
+    WireDifferences,
+)
+
 ContactOf: TypeAlias = Callable[[int], Contact]
 Intern: TypeAlias = Callable[[Contact], int | None]
 

@@ -29,7 +29,7 @@ from dht.events import (
 )
 from dht.machine import DhtMachine
 from dht.messages import DhtAnswer, DhtMessage
-from dht.wire import DHT_CODEC, METHOD_DHT, Contact, WireMessage, from_wire_untrusted, to_wire
+from dht.wire import DHT_CODEC, METHOD_DHT, WIRE_ANSWERS, Contact, WireMessage, from_wire_untrusted, to_wire
 from node.overlay.addresses import Scope, bare, scope_of_remote
 from node.overlay.book import AddressBook
 from node.overlay.cache import OverlayFiles
@@ -68,6 +68,7 @@ class DriverCounters:
     received: int = 0
     dropped: int = 0
     malformed: int = 0
+    unasked: int = 0
     unreachable: int = 0
 
 
@@ -297,6 +298,11 @@ class DhtDriver:
     def _take(self, peer: PeerId, wire: WireMessage) -> None:
         """A notice came. Raises ProtocolError, which the link counts."""
         number = self._book.number_of(peer)
+        if isinstance(wire, WIRE_ANSWERS) and not self.machine.awaits(number, wire.c):
+            # Late, or made up. To take up its contacts would cost 10 ms and displace others in the book.
+            self._asked.pop(number, None)
+            self.counters.unasked += 1
+            return
         narrowest = self._scope_of(peer)
 
         def intern(contact: Contact) -> int | None:

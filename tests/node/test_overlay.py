@@ -317,6 +317,9 @@ async def test_garbage_and_false_contacts_do_no_harm(network: Network) -> None:
                 (new_identity().peer, ("x" * 250,)),
             )
         )
+        for contact in contacts:
+            number = victim.overlay.book.intern_untrusted(contact.peer, contact.addresses, Scope.MACHINE)
+            assert number is None
         bad.say(victim.peer, WireNodes(7, 0, 1000, False, contacts))
         bad.say(victim.peer, Hello("not", "a DHT message"))
         bad.say(victim.peer, WirePing(1, (1 << 63) - 1, 0, False))
@@ -327,6 +330,20 @@ async def test_garbage_and_false_contacts_do_no_harm(network: Network) -> None:
         assert len(victim.overlay.book) == known + 1  # the liar itself, because it has a link
         assert {entry.peer for entry in victim.overlay.driver.machine.table} == table  # no address, no entry
         assert victim.overlay.addresses(bad.host.peer) == ()
+
+
+async def test_answers_that_nobody_asked_for_are_not_taken_up(network: Network) -> None:
+    victim = (await network.grow(2))[0]
+    known = len(victim.overlay.book)
+    async with liar() as bad:
+        await bad.peers.reach(victim.peer, [victim.address])
+        contacts = tuple(Contact(new_identity().peer, (f"/ip4/127.0.0.1/tcp/{i + 1}",)) for i in range(20))
+        for call in range(1, 10):
+            bad.say(victim.peer, WireNodes(call, 0, 1000, False, contacts))
+        with trio.fail_after(PATIENCE_S):
+            while victim.overlay.driver.counters.unasked < 9:
+                await trio.sleep(0.01)
+        assert len(victim.overlay.book) == known + 1  # the liar itself
 
 
 async def test_who_asks_and_hangs_up_is_not_dialled(network: Network) -> None:
