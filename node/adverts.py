@@ -12,7 +12,8 @@ import psutil
 from cargos.manifest import RuntimeType
 from node.config import NodeSettings
 from node.schedule import windows_of
-from node.shards.hosting import HostedShard, ShardHost, ShardState
+from node.shards.hosted import HostedShard, ShardState
+from node.shards.hosting import ShardHost
 from node.state import HostedCargo
 from protocol.adverts import (
     MAX_ADVERT_MEMORY_MIB,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
@@ -14,6 +14,15 @@ from protocol.adverts import MAX_ADVERT_MEMORY_MIB, MAX_ASK_UCR
 from protocol.errors import ProtocolError
 from protocol.ids import PeerId, peer_id_untrusted
 from protocol.limits import MAX_CONTEXT_TOKENS, MAX_NAME_CHARS
+
+#: A year: longer is never.
+MAX_IDLE_MINUTES: Final = 365 * 24 * 60
+
+
+#: ISO 3166-1 alpha-2 in capitals; empty: not said.
+Country = Annotated[
+    str, Meta(pattern=r"^(?:[A-Z]{2})?\Z", description="a country as two capitals, such as DE or BR")
+]
 
 
 def default_data_dir() -> Path:
@@ -53,7 +62,7 @@ class CoordinatorSettings(Settings, frozen=True):
     """
 
     enabled: bool = False
-    country: Annotated[str, Meta(max_length=2)] = ""
+    country: Country = ""
     trusted: tuple[str, ...] = ()
 
     @property
@@ -101,7 +110,9 @@ class ShardSettings(Settings, frozen=True):
     `memory_mib`: what weights and sequences of all Cargos may take here; for one that needs more, room for
     layers is offered instead of running it whole. 0: no limit, all are run whole. `slots`, `context_length`
     (0: as the Cargo says): sequences at a time and tokens of each, for which memory is set aside. `drafts`: as
-    a head, guess tokens and have the chain check several in one traversal.
+    a head, guess tokens and have the chain check several in one traversal. `idle_minutes`: layers that nobody
+    has used for so long give way to another Cargo that is asked for; 0: never. `disk_mib`: slices of models
+    that are kept on disk, the least recently used go first; those in use stay; 0: no bound.
     """
 
     enabled: bool = True
@@ -109,6 +120,8 @@ class ShardSettings(Settings, frozen=True):
     slots: Annotated[int, Meta(ge=1, le=64)] = 4
     context_length: Annotated[int, Meta(ge=0, le=MAX_CONTEXT_TOKENS)] = 0
     drafts: bool = True
+    idle_minutes: Annotated[int, Meta(ge=0, le=MAX_IDLE_MINUTES)] = 10
+    disk_mib: Annotated[int, Meta(ge=0, le=MAX_ADVERT_MEMORY_MIB)] = 16_384
 
     @property
     def offered(self) -> bool:
@@ -144,8 +157,7 @@ class NodeSettings(Settings, frozen=True):
     data_dir: str = ""
     cache_dir: str = ""
     region: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
-    country: Annotated[str, Meta(pattern=r"^(?:[A-Z]{2})?\Z")] = ""
-    """ISO 3166-1 alpha-2 in capitals; empty: not said."""
+    country: Country = ""
 
     schedule: tuple[str, ...] = ()
     """When it takes jobs (node/schedule.py); empty: always."""

@@ -53,7 +53,8 @@ from node.pieces.limits import ServeLimits
 from node.pieces.service import PiecesConfig, PieceService, open_pieces
 from node.settings import SettingsError
 from node.shards.head import ChainHeads
-from node.shards.hosting import ShardHost, StageOpener, share_out
+from node.shards.hosted import share_out
+from node.shards.hosting import ShardHost, StageOpener
 from node.shards.ring import RingService, open_ring
 from node.snapshot import Snapshot, snapshot
 from node.state import HostedCargo, IslandState
@@ -64,7 +65,7 @@ from protocol.ids import CargoDigest, PeerId
 from protocol.instants import SECOND_NS, Instant, UnixNs
 from protocol.jobs import JOB_PROTOCOL
 from protocol.limits import MAX_ADVERT_CARGOS
-from protocol.ring import HOLD_SHARD, METHOD_HOLD
+from protocol.ring import HOLD_SHARD, METHOD_HOLD, METHOD_HOLD_FOR, RELAYED_ORDER
 
 VERSION: Final = package_version("archipelag")
 #: What other libp2p peers see as our software.
@@ -273,10 +274,13 @@ class Island:
             coordinators=lambda: () if state.affiliation is None else state.affiliation.coordinators,
             changed=self._note_change,
             room_mib=room_mib,
+            me=state.host.peer,
+            unix_now=unix_now,
             fetch_pieces=self._pieces.fetch_pieces if settings.pieces.fetch else None,
             fetched=self._pieces.note_change,
         )
         state.peers.serve(METHOD_HOLD, HOLD_SHARD, host.hold)
+        state.peers.serve(METHOD_HOLD_FOR, RELAYED_ORDER, host.hold_for)
         return host
 
     def _manifest(self, digest: str) -> Manifest | None:

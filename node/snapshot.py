@@ -13,7 +13,8 @@ from cargos.runtimes.base import RuntimeLoad
 if TYPE_CHECKING:
     from node.overlay.overlay import Overlay
     from node.pieces.service import PieceService
-    from node.shards.hosting import HostedShard, ShardHost
+    from node.shards.hosted import HostedShard
+    from node.shards.hosting import ShardHost
     from node.state import IslandState
 
 

@@ -77,7 +77,8 @@ class ShardRange(Part, frozen=True, gc=False, omit_defaults=True):
 
     `layer_ns`: time for one row through one layer, alone; `prefill_layer_ns`: per row in a large batch; both
     measured by the Island at start and since, and corrected by those who feed it. `vocabulary_ns`: time for
-    one row in the head, if it has the last layer.
+    one row in the head, if it has the last layer. `idle`: nobody has used these layers for long; their memory
+    (`OfferedCargo.memory_mib`) counts as room for other Cargos, beside `room_mib`, once those are asked for.
     """
 
     first: Annotated[int, Meta(ge=0, le=MAX_SHARD_LAYERS)]
@@ -87,6 +88,7 @@ class ShardRange(Part, frozen=True, gc=False, omit_defaults=True):
     layer_ns: _Nanos = 0
     prefill_layer_ns: _Nanos = 0
     vocabulary_ns: _Nanos = 0
+    idle: bool = False
 
 
 class OfferedCargo(Part, frozen=True, gc=False, omit_defaults=True):

@@ -26,15 +26,18 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Final, Literal, TypeAlias
 
+import msgspec
 from msgspec import Meta
 
 from protocol.codec import Codec, Message
 from protocol.envelope import Envelope
+from protocol.instants import SECOND_NS
 from protocol.limits import (
     KIB,
     MAX_ADDRESS_CHARS,
     MAX_ADDRESSES,
     MAX_CONTEXT_TOKENS,
+    MAX_ENVELOPE_OVERHEAD_BYTES,
     MAX_RECEIPT_BYTES,
     MAX_REMOTE_TEXT_CHARS,
     MIB,
@@ -76,6 +79,9 @@ SESSION_CHARS: Final = 32
 #: characters. Whoever makes a chain keeps it below this.
 MAX_CHAIN_BYTES: Final = 64 * KIB
 
+#: Of a stage's place. Each chain that is made anew for a job begins some above the one before.
+MAX_GENERATION: Final = 1 << 31
+
 #: How activations travel; see cargos/shards/dtypes.py for what each costs and changes.
 Dtype: TypeAlias = Literal["f32", "f16s", "q8x"]
 
@@ -106,7 +112,7 @@ class Stage(Part, frozen=True, gc=False):
     first: Layer
     last: Layer
     spares: Annotated[tuple[StagePeer, ...], Meta(max_length=MAX_SPARES)] = ()
-    generation: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
+    generation: Annotated[int, Meta(ge=0, le=MAX_GENERATION)] = 0
 
 
 class Chain(Part, frozen=True, gc=False):
@@ -130,13 +136,18 @@ class Chain(Part, frozen=True, gc=False):
             at = stage.last
         return len({stage.holder.peer for stage in self.stages}) == len(self.stages)
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether it is short enough to be passed on with all that stages add to a message."""
+        return len(msgspec.msgpack.encode(self)) <= MAX_CHAIN_BYTES
+
 
 class StageLoss(Part, frozen=True, gc=False, array_like=True):
     """Who had place `index` of a session and was replaced there. `failed`: false if it only had no room."""
 
     peer: PeerText
     index: Annotated[int, Meta(ge=0, lt=MAX_STAGES)]
-    generation: Annotated[int, Meta(ge=0, le=1 << 31)]
+    generation: Annotated[int, Meta(ge=0, le=MAX_GENERATION)]
     failed: bool = True
     reason: Annotated[str, Meta(max_length=MAX_LOSS_CHARS)] = ""
 
@@ -218,8 +229,10 @@ class RingOpened(Message, frozen=True, gc=False, tag="rd"):
 
 
 class RingAck(Message, frozen=True, gc=False, tag="ra"):
-    """Rows below `until` are computed and passed on. `compute_ns`: what this feed took in the engine;
-    `wait_ns`: what it waited for the engine. Claims: who sent the feed knows the time between.
+    """Rows below `until` are computed and passed on. Not said of each row: it makes room in the window of who
+    sent them, and nobody waits for it before that. `compute_ns`: what the last step took in the engine, 0 if
+    this is said later than when it was done; `wait_ns`: what it waited for the engine. Claims: who sent the
+    feed knows the time between.
     """
 
     session: SessionId
@@ -300,18 +313,30 @@ STAGE_RECEIPT: Final[Codec[StageReceipt]] = Codec(StageReceipt)
 
 # --- ordering shards --------------------------------------------------------------------------------
 
-#: RPC to an Island that offered room for a Cargo: hold these layers.
+#: RPC to an Island that offered room for a Cargo: hold these layers. From its coordinators only.
 METHOD_HOLD: Final = "hold-shard"
+
+#: RPC to a coordinator by one who follows the Cargo there: have this Island of yours hold these layers, for me;
+#: and what the coordinator then calls at the Island. Both carry the same signed order.
+METHOD_RELAY_HOLD: Final = "relay-hold"
+METHOD_HOLD_FOR: Final = "hold-shard-for"
+
+SHARD_ORDER_KIND: Final = "shard-order"
+
+#: An order travels through one coordinator or the next within seconds; the clocks' tolerance comes on top.
+SHARD_ORDER_TTL_NS: Final = 30 * SECOND_NS
 
 
 class HoldShard(Message, frozen=True, gc=False, tag="hs"):
     """Hold layers `first` to `last` of this Cargo, which you said you would. An Island that holds other layers
-    of it lets them go once no session uses them; with `first == last` it lets go only.
+    of it lets them go once no session uses them; with `first == last` it lets go only. `displace`: somebody
+    asks for this Cargo now, so that idle layers of other Cargos may go for it (`ShardRange.idle`).
     """
 
     cargo: Annotated[str, Meta(min_length=71, max_length=71)]
     first: Layer
     last: Layer
+    displace: bool = False
 
 
 class ShardHeld(Message, frozen=True, gc=False, tag="hh"):
@@ -323,5 +348,26 @@ class ShardHeld(Message, frozen=True, gc=False, tag="hh"):
     last: Layer
 
 
+class ShardOrder(Message, frozen=True, gc=False, tag="so"):
+    """Said by whoever wants the layers, signed by it, so that a coordinator can pass orders on but not make or
+    change them, and the Island knows whose they are. Its number is higher than that of any earlier order of
+    the same issuer for the same Cargo; with the same number it is the same order once more, which came
+    another way.
+    """
+
+    island: PeerText
+    hold: HoldShard
+
+
+class RelayedOrder(Message, frozen=True, gc=False, tag="rl"):
+    """`envelope`: a `ShardOrder`."""
+
+    max_bytes: ClassVar[int] = MAX_ENVELOPE_OVERHEAD_BYTES + KIB
+
+    envelope: Envelope
+
+
 HOLD_SHARD: Final[Codec[HoldShard]] = Codec(HoldShard)
+SHARD_ORDER: Final[Codec[ShardOrder]] = Codec(ShardOrder)
+RELAYED_ORDER: Final[Codec[RelayedOrder]] = Codec(RelayedOrder)
 SHARD_HELD: Final[Codec[ShardHeld]] = Codec(ShardHeld)

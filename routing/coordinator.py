@@ -155,6 +155,10 @@ class Coordinator(Generic[P]):
         """Subscriptions there are."""
         return len(self._follows)
 
+    def serves(self, peer: P, cargo: CargoName) -> bool:
+        """Whether this peer follows the Cargo here."""
+        return self._follows.has(peer, cargo)
+
     def rtt_ns(self, now: Instant, peer: P) -> int | None:
         """The smallest round trip to an Island lately."""
         held = self._held.get(peer)

@@ -103,6 +103,10 @@ class Subscriptions(Generic[P]):
     def __len__(self) -> int:
         return self._count
 
+    def has(self, peer: P, cargo: CargoName) -> bool:
+        """Whether this peer follows the Cargo."""
+        return cargo in self._by_peer.get(peer, ())
+
     def follow(self, now: Instant, peer: P, wish: Follow) -> bool:
         """Begin or renew. False if there is no room."""
         mine = self._by_peer.get(peer, {})

@@ -1,15 +1,21 @@
 """Slices of models on this machine: cut from the whole file if it is here, else from the pieces that they need.
 
 ROOT/shards/abcd....FIRST-LAST.VERSION.gguf    a slice, by the SHA-256 of the whole file
-ROOT/shards/....ok                             what it looked like when it was made
+ROOT/shards/....ok                             what it looked like when it was made; touched when it is wanted
 ROOT/pieces/                                   pieces of whole files; they are kept, other Islands want them
+
+Slices are cheap to make again as long as the pieces are here, so `prune` removes those that were not wanted for
+longest. A slice that some process holds open (`in_use`: a lock that the kernel drops with its holder) stays.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Final, TypeAlias
@@ -40,6 +46,8 @@ CUT_VERSION: Final = 1
 FIRST_HEADER_BYTES: Final = 2 * MIB
 FIRST_HEADER_SHARE: Final = 16
 HEADER_GROWTH: Final = 3
+#: A slice that was wanted so lately may be about to be opened.
+FRESH_S: Final = 600
 #: How often the progress of a fetch from peers is told.
 _TELL_S: Final = 0.25
 
@@ -52,6 +60,14 @@ class _Made(msgspec.Struct, frozen=True):
     size: int
     mtime_ns: int
     inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A slice that `prune` removed."""
+
+    name: str
+    freed_bytes: int
 
 
 class ShardStore:
@@ -96,6 +112,7 @@ class ShardStore:
                 if not await trio.to_thread.run_sync(_looks_made, target):
                     job = _Job(self._store, manifest, sharding, file, base, tell, fetch_pieces)
                     await job.make(target, first, last)
+        await trio.to_thread.run_sync(_touch, target)
         tell(FetchProgress(target.name, "", 1, 1, "done"))
         return target
 
@@ -118,6 +135,41 @@ class ShardStore:
     def path(self, file: CargoFile, first: int, last: int) -> Path:
         """Where the slice is, if it is there."""
         return self._folder / f"{file.sha256}.{first}-{last}.v{CUT_VERSION}.gguf"
+
+    @contextmanager
+    def in_use(self, path: Path) -> Generator[None]:
+        """While entered, no process removes this slice. Raises StoreUnusable."""
+        with store_errors(path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with store_errors(path):
+                fcntl.flock(descriptor, fcntl.LOCK_SH)  # only `prune` locks exclusively, for an instant
+            yield
+        finally:
+            os.close(descriptor)
+
+    async def prune(self, limit_bytes: int) -> list[Removed]:
+        """Remove slices of any Cargo, the one wanted longest ago first, until all take no more than this; but
+        none that is in use, or was wanted a moment ago. Raises StoreUnusable.
+        """
+        return await trio.to_thread.run_sync(self._prune, limit_bytes)
+
+    def _prune(self, limit_bytes: int) -> list[Removed]:
+        slices: list[tuple[float, Path, int]] = []
+        with store_errors(self._folder):
+            for path in self._folder.glob("*.gguf"):
+                with suppress(FileNotFoundError):  # another process prunes, too
+                    slices.append((_wanted_at(path), path, path.stat().st_blocks * 512))
+        total = sum(size for _, _, size in slices)
+        fresh = time.time() - FRESH_S
+        removed: list[Removed] = []
+        for wanted_at, path, size in sorted(slices):
+            if total <= limit_bytes or wanted_at > fresh:
+                break
+            if _remove_unless_used(path):
+                removed.append(Removed(path.name, size))
+                total -= size
+        return removed
 
     async def forget(self, manifest: Manifest) -> int:
         """Delete all slices of the Cargo, and the pieces of its files unless somebody is fetching some.
@@ -343,6 +395,38 @@ def _looks_made(path: Path) -> bool:
         return msgspec.json.decode(path.with_suffix(".ok").read_bytes(), type=_Made) == _seen(path)
     except (OSError, msgspec.DecodeError):
         return False
+
+
+def _touch(path: Path) -> None:
+    """It is wanted now."""
+    with suppress(OSError):  # a store that can only be read has nothing to remove, either
+        os.utime(path.with_suffix(".ok"))
+
+
+def _wanted_at(path: Path) -> float:
+    """Civil time, seconds. One without its note is half made, or half removed."""
+    try:
+        return path.with_suffix(".ok").stat().st_mtime
+    except FileNotFoundError:
+        return path.stat().st_mtime
+
+
+def _remove_unless_used(path: Path) -> bool:
+    """Whoever opens it after this finds nothing and makes it anew."""
+    with store_errors(path):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.with_suffix(".ok").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(descriptor)
+    return True
 
 
 def _note(path: Path) -> None:

@@ -20,6 +20,7 @@ from dht.keys import key_of_role
 from node.coordination.driver import MachineDriver
 from node.coordination.gossip import ROLE_COORDINATOR, GossipService
 from node.coordination.karma import KarmaKeeper
+from node.coordination.orders import OrderRelay
 from node.coordination.port import CoordinationPort
 from node.coordination.vantage import Vantage
 from node.overlay.addresses import group_of_host, host_of_remote
@@ -168,6 +169,7 @@ class CoordinatorService:
         self.driver: Final[
             MachineDriver[CoordinationMessage, CoordinatorCommand[PeerId], CoordinatorEvent[PeerId]]
         ] = MachineDriver(self.machine, peers, METHOD_COORDINATION, nursery, self._on_event)
+        self.orders: Final = OrderRelay(peers, self.machine, unix_offset_ns=overlay.unix_offset_ns)
         peers.subscribe_round_trips(self._on_round_trip)
 
     @property

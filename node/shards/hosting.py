@@ -1,36 +1,42 @@
 """Shards of Cargos that are too large for this Island: room that it offers, orders that it takes, layers.
 
-A coordinator that this Island works for may order layers of a Cargo for which it offers room. The first order
-counts: until the layers have been of no use for a while, only whoever ordered them may order others. What is
-held is written down, so that an Island that starts again has its place in the chains without being told.
+A coordinator that this Island works for may order layers of a Cargo for which it offers room, for itself or for
+somebody who asked it to and whose signature it shows (node/shards/orders.py). The first order counts: until the
+layers have been of no use for a while, only whoever ordered them may order others. Layers that are idle give
+way to those of another Cargo that is asked for (node/shards/memory.py). What is held is written down, so that
+an Island that starts again has its place in the chains without being told.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path, PurePath
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import structlog
 import trio
 
 from cargos.catalogue import CargoEntry
 from cargos.errors import CargoError
-from cargos.manifest import Manifest, Sharding
+from cargos.manifest import Manifest
 from cargos.progress import FetchProgress, ProgressCallback
 from cargos.runtimes.base import RuntimeFailed
-from cargos.runtimes.shards.base import OnEvent, StageLoad, StageRuntime, StageSpec
+from cargos.runtimes.shards.base import OnEvent, StageRuntime, StageSpec
+from cargos.shards.store import Removed
 from cargos.store import PieceFetcher
 from node.config import EngineSettings, ShardSettings
 from node.rpc import Refused
+from node.shards.hosted import HostedShard, ShardState, words_of
 from node.shards.kept import KeptShard, read_kept, write_kept
+from node.shards.memory import ShardMemory
+from node.shards.orders import RelayedOrders
 from node.shards.ring import RingService
 from protocol.adverts import ShardRange
 from protocol.ids import PeerId
+from protocol.instants import UnixNs
 from protocol.limits import MIB
-from protocol.ring import HoldShard, ShardHeld
+from protocol.ring import HoldShard, RelayedOrder, ShardHeld
 from routing.chains.costs import ModelShape
 
 #: A shard that was used so lately is in use, also between two jobs.
@@ -38,6 +44,10 @@ USED_S: Final = 60.0
 
 #: Sessions on layers that are to go get this long to end; then their chains replace us.
 DRAIN_S: Final = 60.0
+
+#: Orders of others than this Island's coordinators may move a Cargo's layers MAX_MOVES times in so long:
+#: whoever follows a coordinator can order, and loading costs more than ordering.
+MOVES_S: Final = 600.0
 
 #: Layers that could not be fetched or loaded are tried again after this long, if they are still wanted.
 RETRY_S: Final = 60.0
@@ -49,7 +59,6 @@ _LOOK_S: Final = 1.0
 #: How soon others hear that a slot has become free here, or was taken: jobs may wait for it.
 _BUSY_LOOK_S: Final = 0.25
 
-ShardState: TypeAlias = Literal["room", "fetching", "loading", "ready", "failed"]
 StageOpener: TypeAlias = Callable[[StageSpec, OnEvent], AbstractAsyncContextManager[StageRuntime]]
 
 _log = structlog.get_logger("shards")
@@ -82,80 +91,13 @@ class SliceStore(Protocol):
         """What a head drafts with, if the Cargo names a model for it. Raises CargoError."""
         ...
 
+    def in_use(self, path: Path) -> AbstractContextManager[None]:
+        """While entered, the slice is not removed."""
+        ...
 
-def runs_whole(manifest: Manifest, settings: ShardSettings, left_mib: int) -> bool:
-    """Whether the Cargo is run whole here, with `left_mib` for it and what comes after."""
-    if not settings.offered or manifest.sharding is None:
-        return True
-    return whole_mib(manifest, settings) <= left_mib
-
-
-def whole_mib(manifest: Manifest, settings: ShardSettings) -> int:
-    """What a Cargo takes as a whole: its files, and the memory of its sequences."""
-    sequences = 0
-    if manifest.sharding is not None:
-        tokens = settings.slots * (settings.context_length or manifest.context_length)
-        sequences = manifest.sharding.kv_bytes * manifest.sharding.layers * tokens
-    return -(-(manifest.total_bytes + sequences) // MIB)
-
-
-def share_out(
-    entries: Iterable[CargoEntry], settings: ShardSettings
-) -> tuple[list[CargoEntry], list[CargoEntry], int]:
-    """Cargos that are run whole, in the order given as far as they fit; those of which layers are held; the MiB
-    that are left for them.
-    """
-    whole: list[CargoEntry] = []
-    shared: list[CargoEntry] = []
-    left_mib = settings.memory_mib
-    for entry in entries:
-        if runs_whole(entry.manifest, settings, left_mib):
-            whole.append(entry)
-            left_mib = max(0, left_mib - whole_mib(entry.manifest, settings))
-        else:
-            shared.append(entry)
-    return whole, shared, left_mib
-
-
-@dataclass(slots=True, eq=False)
-class HostedShard:
-    """A Cargo of which this Island holds layers `first` to `last`, or (`first == last`) offers room for some.
-
-    `state`: room, fetching, loading, ready, failed. `wanted`: the layers that it shall hold.
-    """
-
-    entry: CargoEntry
-    sharding: Sharding
-    shape: ModelShape
-    context_length: int
-    first: int = 0
-    last: int = 0
-    wanted: tuple[int, int] = (0, 0)
-    owner: str = ""
-    state: ShardState = "room"
-    detail: str = ""
-    done_bytes: int = 0
-    total_bytes: int = 0
-    runtime: StageRuntime | None = None
-    used_at: float = float("-inf")
-    measured: StageLoad | None = None
-    ordered: trio.Event = field(default_factory=trio.Event)
-
-    @property
-    def layers(self) -> int:
-        return self.sharding.layers
-
-    @property
-    def words(self) -> str:
-        """What is held, for people."""
-        return words_of(self.first, self.last, self.layers)
-
-    def mib_of(self, first: int, last: int) -> int:
-        """What layers take up, weights and sequences."""
-        return 0 if first == last else -(-self.shape.bytes_of(first, last) // MIB)
-
-    def load(self) -> StageLoad | None:
-        return None if self.runtime is None else self.runtime.load()
+    async def prune(self, limit_bytes: int) -> list[Removed]:
+        """Remove what was not used lately, until the rest is within the limit. Raises CargoError."""
+        ...
 
 
 class ShardHost:
@@ -175,10 +117,15 @@ class ShardHost:
         coordinators: Callable[[], Iterable[PeerId]],
         changed: Callable[[], None],
         room_mib: int,
+        me: PeerId,
+        unix_now: Callable[[], UnixNs],
         fetch_pieces: PieceFetcher | None = None,
         fetched: Callable[[], None] = lambda: None,
     ) -> None:
         self.shards: Final[dict[str, HostedShard]] = {}
+        self._memory: Final = ShardMemory(room_mib, idle_minutes=settings.idle_minutes)
+        self._relayed: Final = RelayedOrders(me, coordinators, unix_now)
+        self._freed = trio.Event()
         self._ring = ring
         self._store = store
         self._opener = opener
@@ -187,7 +134,6 @@ class ShardHost:
         self._data_dir = data_dir
         self._coordinators = coordinators
         self._changed = changed
-        self._room_mib = room_mib
         self._fetch_pieces = fetch_pieces
         self._fetched = fetched
         self._kept = read_kept(data_dir)
@@ -207,23 +153,24 @@ class ShardHost:
                 shard.owner = kept.owner
                 self._want(shard, kept.first, kept.last)
             else:
-                _log.warning("held layers do not fit any more", cargo=manifest.name, room_mib=self._room_mib)
+                room_mib = self._memory.room_mib
+                _log.warning("held layers do not fit any more", cargo=manifest.name, room_mib=room_mib)
 
     def room_of(self, shard: HostedShard) -> int:
-        """MiB that layers of this Cargo may take, beside what others hold."""
-        others = sum(
-            max(other.mib_of(*other.wanted), other.mib_of(other.first, other.last))
-            for other in self.shards.values()
-            if other is not shard
-        )
-        return max(0, self._room_mib - others)
+        """MiB that layers of this Cargo may take, beside what others hold, idle or not."""
+        return self._memory.free_mib(shard, self.shards.values())
 
     def range_of(self, shard: HostedShard) -> ShardRange:
         """What the advert says."""
         load = shard.load() or shard.measured
         measured = (0, 0, 0) if load is None else (load.layer_ns, load.prefill_layer_ns, load.vocabulary_ns)
         return ShardRange(
-            shard.first, shard.last, shard.layers, self.room_of(shard), *map(_three_digits, measured)
+            shard.first,
+            shard.last,
+            shard.layers,
+            self.room_of(shard),
+            *map(_three_digits, measured),
+            idle=self._is_idle(shard),
         )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -240,6 +187,16 @@ class ShardHost:
         await trio.lowlevel.checkpoint()
         if peer not in self._coordinators():
             raise Refused("failed", "layers are ordered by coordinators that this Island works for")
+        return self._take(peer, order, relayed=False)
+
+    async def hold_for(self, peer: PeerId, message: RelayedOrder) -> ShardHeld:
+        """Answer an order that a coordinator passes on (`METHOD_HOLD_FOR`). Raises Refused."""
+        await trio.lowlevel.checkpoint()
+        owner, order = self._relayed.open(peer, message.envelope)
+        return self._take(owner, order, relayed=owner not in self._coordinators())
+
+    def _take(self, owner: PeerId, order: HoldShard, *, relayed: bool) -> ShardHeld:
+        """Do as `owner` says, as far as others have no claim. Raises Refused."""
         shard = self.shards.get(order.cargo)
         if shard is None:
             raise Refused("failed", "no room was offered for that Cargo")
@@ -248,15 +205,44 @@ class ShardHost:
             raise Refused("failed", f"it has {shard.layers} layers")
         if first == last:
             first = last = 0
-        needed, room = shard.mib_of(first, last), self.room_of(shard)
-        if needed > room:
-            raise Refused("failed", f"layers {first} to {last} take {needed} MiB, there is room for {room} MiB")
-        if (first, last) != shard.wanted and not self._may_move(shard, peer):
-            _log.info("order not followed", cargo=shard.entry.manifest.name, by=peer[-8:])
-        elif (first, last) != shard.wanted or shard.state == "failed":
-            shard.owner = peer
-            self._want(shard, first, last)
+        if (first, last) == shard.wanted and shard.state != "failed":
+            return ShardHeld(*shard.wanted)
+        going = self._giving_way(shard, first, last, displace=order.displace)
+        if (first, last) != shard.wanted and not self._may_move(shard, owner):
+            _log.info("order not followed", cargo=shard.entry.manifest.name, by=owner[-8:])
+            return ShardHeld(*shard.wanted)
+        if relayed:
+            self._count_move(shard)
+        for other in going:
+            name, words = other.entry.manifest.name, words_of(*other.wanted, other.layers)
+            _log.info("idle layers give way", cargo=name, layers=words, to=shard.entry.manifest.name)
+            self._want(other, 0, 0)
+        shard.owner = owner
+        self._want(shard, first, last)
         return ShardHeld(*shard.wanted)
+
+    def _giving_way(self, shard: HostedShard, first: int, last: int, *, displace: bool) -> list[HostedShard]:
+        """Cargos whose layers go for these. Raises Refused if there is too little room all the same."""
+        needed, room = shard.mib_of(first, last), self.room_of(shard)
+        if needed <= room:
+            return []
+        now, shards = trio.current_time(), self.shards.values()
+        for other in shards:
+            self._in_use(other)  # notes sessions that are there now
+        going = self._memory.giving_way(shard, needed, shards, now) if displace else None
+        if going is None:
+            raise Refused("failed", f"layers {first} to {last} take {needed} MiB, there is room for {room} MiB")
+        return going
+
+    @staticmethod
+    def _count_move(shard: HostedShard) -> None:
+        now, moves = trio.current_time(), shard.moves
+        if len(moves) == moves.maxlen and now - moves[0] < MOVES_S:
+            raise Refused("busy", "these layers were moved too often lately")
+        moves.append(now)
+
+    def _is_idle(self, shard: HostedShard) -> bool:
+        return self._memory.is_idle(shard, trio.current_time())
 
     def _may_move(self, shard: HostedShard, peer: PeerId) -> bool:
         if shard.wanted == (0, 0) or shard.state == "failed" or shard.owner == peer:
@@ -320,7 +306,7 @@ class ShardHost:
 
     async def _hold(self, shard: HostedShard, first: int, last: int) -> None:
         """Fetch, load and work on these layers, until cancelled. What fails here is shown and advertised."""
-        manifest, digest = shard.entry.manifest, shard.entry.digest
+        manifest = shard.entry.manifest
 
         def note(progress: FetchProgress) -> None:
             shard.done_bytes, shard.total_bytes = progress.done_bytes, progress.total_bytes or 0
@@ -341,24 +327,53 @@ class ShardHost:
                     manifest, base=shard.entry.base, progress=note, fetch_pieces=self._fetch_pieces
                 )
             self._fetched()
+            await self._prune()
             spec = self._spec(shard, path, first, last, draft)
             self._note(shard, "loading")
-            async with self._opener(spec, self._ring.events_of(digest)) as runtime:
-                shard.runtime = runtime
-                try:
-                    await self._watch(shard, runtime, first, last)
-                finally:
-                    shard.measured, shard.runtime = runtime.load(), None
-                    self._ring.let_go(digest)
+            await self._until_it_fits(shard)
+            shard.occupied = (first, last)
+            with self._store.in_use(path):
+                await self._run_stage(shard, spec, first, last)
+        except (CargoError, RuntimeFailed) as error:
+            self._note(shard, "failed", str(error))
+        finally:
+            shard.occupied = (0, 0)
+            self._freed.set()
+            self._freed = trio.Event()
+
+    async def _until_it_fits(self, shard: HostedShard) -> None:
+        """Layers that give way may have sessions to end, and a worker."""
+        while not self._memory.fits_now(shard, self.shards.values()):
+            await self._freed.wait()
+
+    async def _run_stage(self, shard: HostedShard, spec: StageSpec, first: int, last: int) -> None:
+        digest = shard.entry.digest
+        async with self._opener(spec, self._ring.events_of(digest)) as runtime:
+            shard.runtime = runtime
+            try:
+                await self._watch(shard, runtime, first, last)
+            finally:
+                shard.measured, shard.runtime = runtime.load(), None
+                self._ring.let_go(digest)
+
+    async def _prune(self) -> None:
+        """Slices that were not used lately make room on the disk. That failing stops nothing."""
+        limit_bytes = self._settings.disk_mib * MIB
+        if not limit_bytes:
+            return
+        try:
+            removed = await self._store.prune(limit_bytes)
         except CargoError as error:
-            self._note(shard, "failed", str(error))
-        except RuntimeFailed as error:
-            self._note(shard, "failed", str(error))
+            _log.warning("slices can not be removed", reason=str(error))
+            return
+        for one in removed:
+            _log.info("slice removed", file=one.name, freed_mib=-(-one.freed_bytes // MIB))
 
     async def _watch(self, shard: HostedShard, runtime: StageRuntime, first: int, last: int) -> None:
         await runtime.ready()
+        shard.ready_at = trio.current_time()
         self._ring.hold(shard.entry.digest, first, last, runtime)
-        active = 0
+        told = (0, False)
         while True:
             load = runtime.load()
             if load.state == "failed":
@@ -367,8 +382,9 @@ class ShardHost:
                 self._note(shard, load.state, load.detail)
             if load.active:
                 shard.used_at = trio.current_time()
-            if load.active != active:
-                active = load.active
+            self._in_use(shard)
+            if told != (telling := (load.active, self._is_idle(shard))):
+                told = telling
                 self._changed()
             await trio.sleep(_LOADING_LOOK_S if load.state == "loading" else _BUSY_LOOK_S)
 
@@ -401,13 +417,6 @@ class ShardHost:
             detail=detail or None,
         )
         self._changed()
-
-
-def words_of(first: int, last: int, layers: int) -> str:
-    """For people, who count the last one in: 'layers 0-9 of 30'."""
-    if first == last:
-        return f"room for layers of {layers}"
-    return f"layers {first}-{last - 1} of {layers}" if last - first > 1 else f"layer {first} of {layers}"
 
 
 def _three_digits(value: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from cargos.catalogue import CargoEntry
 from cargos.errors import CargoError
 from cargos.resolve import resolve_cargo
 from cargos.runtimes.base import RuntimeFailed
+from cargos.shards.store import Removed
 from node.config import EngineSettings, ShardSettings
 from node.identity import new_identity
+from node.island import unix_now
 from node.p2p import open_host
 from node.p2p.host import plain_errors
 from node.rpc import Refused
-from node.shards.hosting import ShardHost, share_out, whole_mib, words_of
+from node.shards.hosted import share_out, whole_mib, words_of
+from node.shards.hosting import ShardHost
 from node.shards.kept import FILE_NAME, read_kept
 from node.shards.ring import open_ring
 from node.snapshot import CounterSnapshot, Snapshot, shard_snapshots
@@ -76,6 +79,8 @@ class Store:
     def __init__(self) -> None:
         self.fail = ""
         self.draft: Path | None = None
+        self.used: list[Path] = []
+        self.pruned: list[int] = []
 
     async def ensure_draft(self, manifest: Any, **_: Any) -> Path | None:
         await trio.lowlevel.checkpoint()
@@ -86,6 +91,15 @@ class Store:
         if self.fail:
             raise CargoError(self.fail)
         return Path(f"/{manifest.name}/{first}-{last}")
+
+    def in_use(self, path: Path) -> AbstractContextManager[None]:
+        self.used.append(path)
+        return nullcontext()
+
+    async def prune(self, limit_bytes: int) -> list[Removed]:
+        await trio.lowlevel.checkpoint()
+        self.pruned.append(limit_bytes)
+        return [Removed("old.gguf", 1)]
 
 
 class Island:
@@ -127,6 +141,8 @@ def island(entry: CargoEntry, tmp_path: Path, make_stage: Any):
                 coordinators=lambda: (BOSS, OTHER),
                 changed=lambda: None,
                 room_mib=settings.memory_mib,
+                me=identity.peer,
+                unix_now=unix_now,
             )
             shards.offer(entry)
             await nursery.start(shards.run)
