@@ -13,6 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import ClassVar, Final, Generic, TypeVar
 
+import msgspec
 from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
@@ -48,6 +49,10 @@ class Envelope(Message, frozen=True, gc=False, tag="env"):
     def peer(self) -> PeerId:
         """The issuer's peer id. Raises ValueError if the key has the wrong length (check first)."""
         return peer_id_of(self.issuer)
+
+    def is_below(self, limit_bytes: int) -> bool:
+        """Whether it takes less than this in a message, for those that pass others' envelopes on."""
+        return len(msgspec.msgpack.encode(self)) < limit_bytes
 
 
 @dataclass(frozen=True, slots=True)

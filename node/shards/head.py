@@ -40,7 +40,7 @@ class ChainHeads:
     def job_for(self, offer: JobOffer, consumer: PeerId) -> HeadJob | JobReject:
         """What runs this offer, which names a chain, or why it is refused here."""
         chain = offer.chain
-        if chain is None or chain.cargo != offer.cargo or not chain.is_whole:
+        if chain is None or chain.cargo != offer.cargo or not chain.is_whole or not chain.is_bounded:
             return JobReject("unknown-cargo", "these stages make no chain of that Cargo")
         if chain.head.peer != self._me:
             return JobReject("unknown-cargo", "this Island is not the last stage of that chain")
@@ -48,7 +48,7 @@ class ChainHeads:
         last = chain.stages[-1]
         if held is None or (held.first, held.last) != (last.first, last.last):
             return JobReject("unknown-cargo", f"this Island does not hold layers {last.first} to {last.last}")
-        if not _is_head(held):
+        if not held.is_head:
             return JobReject("unknown-cargo", "layers follow those that this Island holds")
         if self._ring.is_known(offer.job) or offer.job in self._open:
             # An attempt whose gateway is gone, or a chain that names us twice.
@@ -56,10 +56,6 @@ class ChainHeads:
         if offer.work.deterministic and chain.dtype != "f32":
             chain = msgspec.structs.replace(chain, dtype="f32")
         return HeadJob(self._ring, held, offer.job, chain, consumer, running=self._open)
-
-
-def _is_head(held: Held) -> bool:
-    return hasattr(held.runtime, "submit")
 
 
 class HeadJob:

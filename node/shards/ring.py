@@ -107,6 +107,11 @@ class Held:
     runtime: StageRuntime
 
 
+    @property
+    def is_head(self) -> bool:
+        """Whether its last layer is the model's, so that it takes jobs (`HeadRuntime`)."""
+        return getattr(self.runtime, "submit", None) is not None
+
 @dataclass(slots=True, eq=False)
 class RingSession:
     """A session of which this node is the head. `failing` is cancelled when it fails, `over` is set once it has
@@ -287,7 +292,8 @@ class RingService:
         match event:
             case Admit(session, cargo, dtype, prompt, deterministic):
                 held = self._held.get(cargo)
-                if held is None:
+                if held is None or held.is_head:
+                    # A head's engine takes jobs alone: rows for anything else would wait in it for ever.
                     self._order(EngineRefused(session, "invalid", "no such shard here"))
                     return
                 self._forget(session)

@@ -7,6 +7,7 @@ from functools import partial
 from protocol.codec import excerpt
 from protocol.errors import ProtocolError
 from protocol.instants import MILLISECOND_NS, Instant, after
+from protocol.limits import MAX_RECEIPT_BYTES
 from protocol.ring import (
     MAX_STAGE_WORKS,
     STAGE_RECEIPT,
@@ -46,7 +47,7 @@ class HeadDuties(RingCore):
         )
         session = self._session_of(now, opening)
         session.head, session.log = Head(), RowLog(partial(cut_equal_rows, chain.dtype))
-        if not chain.is_whole or chain.head.peer != self._me:
+        if not chain.is_whole or not chain.is_bounded or chain.head.peer != self._me:
             self._fail_upwards(session, "invalid", index, "not a chain whose last stage is this node")
 
     def _draw(self, now: Instant, command: Draw) -> None:
@@ -178,6 +179,8 @@ class HeadDuties(RingCore):
         last = len(session.chain.stages) - 1
         receipts = {last: self._sign(self._receipt(now, session))}
         for envelope in head.receipts:
+            if not envelope.is_below(MAX_RECEIPT_BYTES):
+                continue  # it would find no place in what the head says of them all
             try:
                 receipt = STAGE_RECEIPT.decode_untrusted(envelope.body)
             except ProtocolError:

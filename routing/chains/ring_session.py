@@ -14,7 +14,16 @@ from protocol.codec import excerpt
 from protocol.envelope import Envelope
 from protocol.ids import PeerId
 from protocol.instants import Instant
-from protocol.ring import MARK_BYTES, MAX_LOSSES, Chain, RingFault, Stage, StageLoss, StageWork
+from protocol.ring import (
+    MARK_BYTES,
+    MAX_GENERATION,
+    MAX_LOSSES,
+    Chain,
+    RingFault,
+    Stage,
+    StageLoss,
+    StageWork,
+)
 from routing.chains.ring_intake import Intake
 from routing.chains.ring_log import RowLog
 from routing.chains.ring_policy import MAX_CUTS, SMOOTHING
@@ -237,15 +246,15 @@ def with_spare(chain: Chain, index: int) -> Chain | None:
     stage = chain.stages[index]
     others = {other.holder.peer for other in chain.stages}
     spares = [spare for spare in stage.spares if spare.peer not in others]
-    if not spares:
+    if not spares or stage.generation >= MAX_GENERATION:
         return None
     return _replaced(
         chain, index, Stage(spares[0], stage.first, stage.last, tuple(spares[1:]), stage.generation + 1)
     )
 
 
-def once_more(chain: Chain, index: int) -> Chain:
-    """The same holder again, as a new generation."""
+def once_more(chain: Chain, index: int) -> Chain | None:
+    """The same holder again, as a new generation; None if there were too many."""
     stage = chain.stages[index]
     return _replaced(chain, index, msgspec.structs.replace(stage, generation=stage.generation + 1))
 
@@ -256,6 +265,8 @@ def _replaced(chain: Chain, index: int, stage: Stage) -> Chain:
 
 
 def work_of(chain: Chain, loss: StageLoss) -> StageWork:
+    if stage.generation >= MAX_GENERATION:
+        return None
     stage = chain.stages[loss.index]
     return StageWork(
         loss.peer, loss.index, stage.first, stage.last, failed=loss.failed, reason=excerpt(loss.reason)

@@ -6,7 +6,8 @@ from protocol.codec import excerpt
 from protocol.errors import Fault, ProtocolError
 from protocol.ids import PeerId
 from protocol.instants import Instant, after
-from protocol.ring import MAX_STAGES, RingEnd, RingFault, RingFeed, RingOpen, RingOpened
+from protocol.limits import MAX_RECEIPT_BYTES
+from protocol.ring import MAX_CHAIN_BYTES, MAX_STAGES, RingEnd, RingFault, RingFeed, RingOpen, RingOpened
 from routing.chains.events import Admit, Done
 from routing.chains.ring_head import TOKEN_BYTES, HeadDuties
 from routing.chains.ring_log import Rows
@@ -52,6 +53,8 @@ class StageDuties(HeadDuties):
         chain, index = message.chain, message.index
         if index >= len(chain.stages) or not chain.is_whole:
             return "refused", "not a whole chain"
+        if not chain.is_bounded:
+            return "refused", f"a chain takes at most {MAX_CHAIN_BYTES} bytes"
         if chain.stages[index].holder.peer != self._me or chain.stages[index - 1].holder.peer != peer:
             return "refused", "the chain names others for these places"
         is_head = index == len(chain.stages) - 1
@@ -85,6 +88,8 @@ class StageDuties(HeadDuties):
         """By a new head, a new stage before us, or the same one that tells what has changed."""
         newer_head = (message.chain.stages[-1].generation, message.began) > session.standing[:2]
         chain = reconciled(session.chain, message.chain, session.index, newer_head=newer_head)
+        if not chain.is_bounded:
+            chain = message.chain
         changed = chain != session.chain or newer_head
         session.chain = chain
         if self._learn(session, message.losses):
@@ -232,7 +237,7 @@ class StageDuties(HeadDuties):
         if message.replaced:
             self._forget(session)
             return
-        receipts = message.receipts
+        receipts = tuple(each for each in message.receipts if each.is_below(MAX_RECEIPT_BYTES))
         if len(receipts) < MAX_STAGES:
             receipts = (*receipts, self._sign(self._receipt(now, session)))
         self._end_behind(
