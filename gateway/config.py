@@ -8,7 +8,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from node.config import LogSettings, NatSettings, OverlaySettings, default_data_dir, peer_setting
+from node.config import Country, LogSettings, NatSettings, OverlaySettings, default_data_dir, peer_setting
 from node.coordination.vantage import Vantage
 from node.settings import Settings, SettingsError
 from protocol.ids import PeerId
@@ -57,7 +57,7 @@ class MeshSettings(Settings, frozen=True):
     islands: tuple[str, ...] = ()
     bootstrap: tuple[str, ...] = ()
     region: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
-    country: Annotated[str, Meta(max_length=2)] = ""
+    country: Country = ""
     trusted: tuple[str, ...] = ()
     karma_floor: Annotated[float, Meta(ge=-1000, le=1_000_000)] | None = None
     jurisdictions: tuple[str, ...] = ()

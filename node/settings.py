@@ -9,13 +9,16 @@ expected.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
+
+from protocol.expectations import in_plain_words
 
 S = TypeVar("S", bound="Settings")
 
@@ -32,6 +35,9 @@ MAX_CONFIG_BYTES: Final = 1024 * 1024
 #: How alike a variable must be to a setting to be taken for a typing slip. The gateway's ARCHI_MESH_LISTEN and
 #: the Island's ARCHI_NETWORK_LISTEN score 0.76: each may stand in the environment of the other.
 SLIP_LIKENESS: Final = 0.85
+
+#: An element's number in the path of an error: the settings file has the list as a whole.
+_INDEX: Final = re.compile(r"\[[^]]*\]")
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -70,13 +76,16 @@ def load_settings(
         origins[path] = f"environment variable {name}"
     for path, value in overrides.items():
         if path not in fields:
+            inside = [name for name in fields if name.startswith(f"{path}.")]
+            if inside:
+                raise SettingsError(f"{path!r} is a section, not a setting; in it: {', '.join(inside)}")
             raise SettingsError(f"there is no setting {path!r}{_did_you_mean(path, fields)}")
         _put(tree, path, _split(value, fields[path]) if isinstance(value, str) else value)
         origins[path] = "command line"
     try:
         return msgspec.convert(tree, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise SettingsError(_explain(str(error), origins, fields)) from error
+        raise SettingsError(_explain(str(error), kind, origins)) from error
 
 
 def list_settings(kind: type[Settings]) -> frozenset[str]:
@@ -165,17 +174,33 @@ def _put(tree: dict[str, Any], path: str, value: object) -> None:
     tree[leaf] = value
 
 
-def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
+def _did_you_mean(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-def _explain(text: str, origins: Mapping[str, str], fields: Mapping[str, Any]) -> str:
+def _explain(text: str, kind: type[Settings], origins: Mapping[str, str]) -> str:
     message, _, where = text.partition(" - at `$.")
-    path = where.rstrip("`").split("[")[0]
+    path = where.rstrip("`")
     if "unknown field" in message:
         name = message.split("`")[1]
-        full = f"{path}.{name}" if path else name
-        source = next((origins[o] for o in origins if o == full or o.startswith(f"{full}.")), "configuration")
-        return f"{source}: there is no setting {full!r}{_did_you_mean(full, fields)}"
-    return f"{origins.get(path, 'configuration')}: {path or 'settings'}: {message}"
+        path = f"{path}.{name}" if path else name
+        known = dict.fromkeys([*(name for name, _ in _fields_of(kind)), *_element_names(kind)])
+        problem = f"there is no setting {path!r}{_did_you_mean(_INDEX.sub('', path), known)}"
+    else:
+        problem = f"{path or 'settings'}: {in_plain_words(message, kind, path)}"
+    return f"{_origin(_INDEX.sub('', path), origins)}: {problem}"
+
+
+def _origin(path: str, origins: Mapping[str, str]) -> str:
+    """Where a setting came from, or what it stands in, or what stands in it."""
+    near = (o for o in origins if o == path or o.startswith(f"{path}.") or path.startswith(f"{o}."))
+    return next((origins[o] for o in near), "configuration")
+
+
+def _element_names(kind: type[Settings]) -> Iterator[str]:
+    """Dotted names of what stands in lists of tables, such as `keys.name`."""
+    for path, hint in _fields_of(kind):
+        for element in get_args(hint):
+            if isinstance(element, type) and issubclass(element, Settings):
+                yield from (name for name, _ in _fields_of(element, f"{path}."))

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeAlias, cast, get_args, get_type_hints
 
 import msgspec
 
+from protocol.expectations import in_plain_words
 from sim.config import ScenarioSettings, Section
 
 Tree: TypeAlias = dict[str, Any]
@@ -140,7 +141,7 @@ def _explain(text: str) -> str:
     message, _, where = text.partition(" - at `$")
     path = where.rstrip("`").removeprefix(".")
     if "unknown field" not in message:
-        return f"{path or 'the file'}: {message}"
+        return f"{path or 'the file'}: {in_plain_words(message, ScenarioSettings, path)}"
     name = message.split("`")[1]
     full = f"{path}.{name}" if path else name
     known = list(_names(ScenarioSettings))

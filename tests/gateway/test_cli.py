@@ -87,7 +87,7 @@ def test_key_prints_configuration_that_is_toml(name: str, capsys: pytest.Capture
         ([], "`archi-gateway key`"),
         (["--open", "--listen", "nowhere"], "'nowhere' is not of the form /ip4/"),
         (["--open", "--port", "{taken}"], "another program listens there; choose another --host or --port"),
-        (["--open", "--port", "70000"], "http.port: Expected `int` <= 65535"),
+        (["--open", "--port", "70000"], "http.port: expected a whole number <= 65535"),
     ],
 )
 def test_what_can_be_mended_is_no_traceback(flags: list[str], said: str, tmp_path: Path) -> None:

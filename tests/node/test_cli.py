@@ -53,7 +53,7 @@ def test_help_and_version_end_well(words: list[str], capsys: pytest.CaptureFixtu
         (["id", "--config", "/nonexistent.toml"], "/nonexistent.toml: No such file"),
         (["id", "--set", "engine.threads"], "--set wants NAME=VALUE"),
         (["id", "--set", "engine.thread=2"], "did you mean 'engine.threads'"),
-        (["doctor", "--threads", "many"], "command line: engine.threads: Expected `int`"),
+        (["doctor", "--threads", "many"], "command line: engine.threads: expected a whole number"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(

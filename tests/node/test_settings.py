@@ -41,10 +41,13 @@ def test_lists_from_text(tmp_path: Path) -> None:
     [
         ("[engine]\nthread = 2\n", "did you mean 'engine.threads'"),
         ("nmae = 'x'\n", "did you mean 'name'"),
-        ("[engine]\nthreads = 0\n", "engine.threads: Expected `int` >= 1"),
-        ("[engine]\nthreads = 'many'\n", "engine.threads: Expected `int`"),
-        ("[log]\nlevel = 'loud'\n", "log.level"),
-        ("engine = 3\n", "engine"),
+        ("[engine]\nthreads = 0\n", "engine.threads: expected a whole number >= 1"),
+        ("[engine]\nthreads = 'many'\n", "engine.threads: expected a whole number, not text"),
+        ("[log]\nlevel = 'loud'\n", "log.level: expected one of debug, info, warning, error, not 'loud'"),
+        ("[network]\nlisten = 3\n", "network.listen: expected a list, not a whole number"),
+        ("[network]\nlisten = ['a', {}]\n", "network.listen[1]: expected text, not a section"),
+        ("country = 'Germany'\n", "country: expected a country as two capitals, such as DE"),
+        ("engine = 3\n", "engine: expected a section, not a whole number"),
         ("name = \n", "not valid TOML"),
     ],
 )
@@ -65,6 +68,8 @@ def test_flags_are_named_when_they_are_wrong(tmp_path: Path) -> None:
         load(tmp_path, engine__thread="1")
     with pytest.raises(SettingsError, match=r"command line: engine.threads"):
         load(tmp_path, engine__threads="-1")
+    with pytest.raises(SettingsError, match=r"'engine' is a section, not a setting; in it: engine.threads"):
+        load(tmp_path, engine="2")
     with pytest.raises(SettingsError, match="NAME=VALUE"):
         parse_assignment("engine.threads")
 
@@ -83,3 +88,21 @@ def test_the_gateways_keys_are_tables(tmp_path: Path) -> None:
     assert settings.keys[0].requests_per_minute == 5
     assert settings.api_key == "ak_x"
     assert settings.open
+
+
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [
+        ("[[keys]]\nname = 'me'\nkay = 'x'\n", "there is no setting 'keys[0].kay'; did you mean 'keys.key'?"),
+        ("[[keys]]\nkey = 'x'\n", "keys[0]: 'name' is missing"),
+        ("[[keys]]\nname = 'me'\nrequests_per_minute = 'x'\n", "keys[0].requests_per_minute: expected a whole"),
+        ("[mesh]\nkarma_floor = 'x'\n", "mesh.karma_floor: expected a number, not text"),
+        ("[mesh]\nactivations = 'f17'\n", "mesh.activations: expected one of f32, f16s, q8x, not 'f17'"),
+    ],
+)
+def test_a_wrong_table_in_a_list_is_named(tmp_path: Path, toml: str, said: str) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text(toml)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(GatewaySettings, file=file, environ={}, overrides={})
+    assert str(caught.value).startswith(f"{file}: {said}")
