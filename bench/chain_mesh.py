@@ -307,7 +307,7 @@ def memory_mib(shape: ModelShape, stages: int) -> int:
 @contextmanager
 def open_whole(cargo: str) -> Generator[Mesh]:
     """One Island with all layers."""
-    with Mesh(cargo, cargo) as mesh:
+    with Mesh(cargo, resolve_cargo(cargo).manifest.name) as mesh:
         mesh.start_island(NAMES[0], f"engine.slots={SLOTS}", f"engine.context_length={CONTEXT}")
         mesh.wait_answers()
         yield mesh
@@ -325,7 +325,7 @@ def open_chain(
 ) -> Generator[Mesh]:
     """So many Islands that none has room for all (twice as many with spares), and a chain over them."""
     room_mib = memory_mib(shape_of(cargo), stages)
-    with Mesh(cargo, cargo, activations=activations, lab=lab) as mesh:
+    with Mesh(cargo, resolve_cargo(cargo).manifest.name, activations=activations, lab=lab) as mesh:
         for name in NAMES[: stages * (2 if spares else 1)]:
             mesh.start_island(
                 name,

@@ -411,7 +411,7 @@ class MeshJob:
             tokens=usage.completion_tokens,
             hand_overs=event.hand_overs,
             receipt="valid" if event.receipt is not None else "invalid",
-            **_account(stages),
+            **_account(stages, usage),
         )
         finish = cast("Literal['stop', 'length']", event.finish)  # the supervisor admits no other
         name = self._mesh.name_of(event.peer)
@@ -467,12 +467,20 @@ class MeshJob:
         self._arrived.set()
 
 
-def _account(stages: Sequence[StageSeen]) -> dict[str, int]:
-    """What a log line says of a chain's stages: how many there were, signed for it, and were lost."""
+def _account(stages: Sequence[StageSeen], usage: Usage) -> dict[str, int]:
+    """What a log line says of a chain: how many stages there were, signed for it, and were lost; how often the
+    ring was gone round, and what became of guesses.
+    """
     if not stages:
         return {}
-    signed = sum(stage.receipt is not None for stage in stages)
-    return {"stages": len(stages), "signed": signed, "lost": sum(stage.failed for stage in stages)}
+    return {
+        "stages": len(stages),
+        "signed": sum(stage.receipt is not None for stage in stages),
+        "lost": sum(stage.failed for stage in stages),
+        "traversals": usage.traversals,
+        "drafts": usage.drafts,
+        "drafts_right": usage.drafts_right,
+    }
 
 
 async def _send_late(attempt: _Attempt, stream: Stream) -> None:

@@ -76,6 +76,12 @@ class GatewayMetrics:
         )
         self.prompt_tokens = Counter("archipelag_prompt_tokens", "Tokens in.", registry=registry)
         self.completion_tokens = Counter("archipelag_completion_tokens", "Tokens out.", registry=registry)
+        self.drafts = Counter(
+            "archipelag_drafts", "Tokens that heads of chains guessed and had checked.", registry=registry
+        )
+        self.drafts_right = Counter(
+            "archipelag_drafts_right", "Those guesses that were right.", registry=registry
+        )
         self.hand_overs = Counter(
             "archipelag_hand_overs", "Jobs taken over by another Island.", registry=registry
         )

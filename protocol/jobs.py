@@ -133,6 +133,9 @@ class JobCancel(Message, frozen=True, gc=False, tag="cancel"):
 class Usage(Part, frozen=True, gc=False):
     """Counts of one attempt. `completion_tokens` counts from index 0, resumed ones included;
     `generated_tokens` only those that this Island made. Times are the Island's own, in nanoseconds.
+
+    Of a chain's head: `traversals` of the ring, with how many `drafts` behind their tokens in all, and how many
+    of those were `drafts_right`.
     """
 
     prompt_tokens: _Index
@@ -142,6 +145,9 @@ class Usage(Part, frozen=True, gc=False):
     queue_ns: Annotated[int, Meta(ge=0, lt=1 << 53)] = 0
     prefill_ns: Annotated[int, Meta(ge=0, lt=1 << 53)] = 0
     decode_ns: Annotated[int, Meta(ge=0, lt=1 << 53)] = 0
+    traversals: _Index = 0
+    drafts: _Index = 0
+    drafts_right: _Index = 0
 
 
 class JobDone(Message, frozen=True, gc=False, tag="done"):

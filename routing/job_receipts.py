@@ -47,7 +47,11 @@ def later_session(job: JobId, number: int) -> JobId:
 def usage_plausible(usage: Usage, made: int, work: Generation) -> bool:
     """Whether these counts can be true. `made`: tokens that came; `completion_tokens` is checked elsewhere."""
     cached, prompt = usage.cached_tokens, usage.prompt_tokens
-    return usage.generated_tokens == made and cached <= prompt <= most_prompt_tokens(work)
+    return (
+        usage.generated_tokens == made
+        and cached <= prompt <= most_prompt_tokens(work)
+        and usage.drafts_right <= min(usage.drafts, made)
+    )
 
 
 def receipt_untrusted(message: JobDone, peer: object, facts: Facts) -> Receipt | None:

@@ -158,6 +158,8 @@ class Runner:
         run.hand_overs = max(run.hand_overs, event.hand_overs)
         self._metrics.prompt_tokens.inc(event.usage.prompt_tokens)
         self._metrics.completion_tokens.inc(event.usage.completion_tokens)
+        self._metrics.drafts.inc(event.usage.drafts)
+        self._metrics.drafts_right.inc(event.usage.drafts_right)
 
 
 @asynccontextmanager
@@ -215,6 +217,9 @@ def usage_of(plan: Plan, runs: Sequence[ChoiceRun]) -> dict[str, Any]:
                 for stage in stages
             ]
             own["stages_lost"] = sum(each.stages_lost for each in done)
+            own["traversals"] = sum(each.usage.traversals for each in done)
+            own["drafts"] = sum(each.usage.drafts for each in done)
+            own["drafts_right"] = sum(each.usage.drafts_right for each in done)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+from msgspec import structs
 
 from gateway.service import Placed, Preparing, Released, StageInfo
 from protocol.dice import draw_u64
@@ -291,7 +292,9 @@ async def test_a_chains_stages_are_told(gateway, service, scripts):
     def script(_work, _index):
         yield replace(scripts.placed(), stages=stages)
         yield Released(0, (scripts.token(0, "x"),))
-        yield replace(scripts.completed(1), stages_lost=1)
+        done = scripts.completed(1)
+        usage = structs.replace(done.usage, traversals=5, drafts=4, drafts_right=3)
+        yield replace(done, usage=usage, stages_lost=1)
 
     service.script = script
     response = await gateway.chat()
@@ -302,3 +305,6 @@ async def test_a_chains_stages_are_told(gateway, service, scripts):
         {"island": "reef", "first_layer": 9, "last_layer": 29},
     ]
     assert own["stages_lost"] == 1
+    assert (own["traversals"], own["drafts"], own["drafts_right"]) == (5, 4, 3)
+    assert gateway.metric("archipelag_drafts_total") == 4
+    assert gateway.metric("archipelag_drafts_right_total") == 3

@@ -625,6 +625,8 @@ def test_a_job_without_a_limit_has_one() -> None:
         Usage(200_000, LENGTH, LENGTH),
         Usage(5, LENGTH, 3),
         Usage(5, LENGTH, LENGTH, cached_tokens=6),
+        Usage(5, LENGTH, LENGTH, drafts=1, drafts_right=2),
+        Usage(5, LENGTH, LENGTH, drafts=2 * LENGTH, drafts_right=LENGTH + 1),
     ],
 )
 def test_figures_that_can_not_be_are_a_broken_promise(usage: Usage) -> None:

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Sequence as Items
 from typing import Final
 
+from msgspec.structs import replace
+
 from cargos.runtimes.llama.native import GrammarTooCostly, Model
 from cargos.runtimes.llama.patience import Patience
 from cargos.runtimes.llama.sampling import BadLogits
@@ -44,6 +46,8 @@ class _Voice:
         self.trip_ns = 0  # as the ring measures it; 0: unknown
         self.asked_ns = 0
         self.own_trip_ns = 0  # the shortest time from a question to its answer lately
+        # What it took, for the job's account: questions, guesses sent along, and those that were right.
+        self.traversals = self.drafted = self.right = 0
 
     @property
     def last(self) -> int:
@@ -167,6 +171,8 @@ class HeadEngine(StageEngine):
             self._residents[key].cut(position)  # what is left of drafts that were wrong
         drafts = self._draft(voice, sequence, begins=begins)
         voice.drafts = deque(drafts)
+        voice.traversals += 1
+        voice.drafted += len(drafts)
         voice.strayed = False
         voice.known = len(tokens)
         voice.asked = len(tokens) + len(drafts)
@@ -247,11 +253,22 @@ class HeadEngine(StageEngine):
             return
         if sequence.done is None:
             voice.strayed = not voice.drafts or voice.drafts.popleft() != sequence.tokens[-1]
+            voice.right += not voice.strayed
         else:
             self._over.append(sequence.key)
         self._tell(sequence)
 
     def _tell(self, sequence: Sequence) -> None:
         update = sequence.update()
-        if update is not None:
-            self.updates.append(update)
+        if update is None:
+            return
+        voice = self._voices.get(sequence.key)
+        if update.done is not None and voice is not None:
+            usage = replace(
+                update.done.usage,
+                traversals=voice.traversals,
+                drafts=voice.drafted,
+                drafts_right=voice.right,
+            )
+            update = replace(update, done=replace(update.done, usage=usage))
+        self.updates.append(update)

@@ -22,6 +22,13 @@ async def test_drafts_change_nothing_but_how_often_the_ring_is_gone_round(ring, 
         assert finished.output_hash == end.output_hash
         assert finished.usage.completion_tokens == end.usage.completion_tokens
         assert any(len(wanted.tokens) > 1 for wanted in drafting.wanted[1:])
+        # The account: every question, and every guess behind a token.
+        usage, asked_for = finished.usage, drafting.wanted
+        assert usage.traversals == len(asked_for)
+        assert usage.drafts == sum(len(wanted.tokens) - 1 for wanted in asked_for[1:])
+        made = len(ids) + (finished.finish == "stop")  # the token that ends it is none of its text
+        assert usage.drafts_right == made - len(asked_for) > 0
+        assert (end.usage.traversals, end.usage.drafts, end.usage.drafts_right) == (asked, 0, 0)
         if not fields:
             assert len(drafting.wanted) < 0.7 * asked
         # What is granted is never passed, whatever is drafted; a resumed job goes on the same.
