@@ -19,6 +19,7 @@ import msgspec
 
 from cargos.manifest import Sharding
 from gateway.chain_renewal import renewed
+from gateway.chain_room import elsewhere_mib, idle_bytes
 from gateway.chain_shortage import Shortage, shortage_of
 from protocol.adverts import OfferedCargo
 from protocol.dice import Dice
@@ -69,6 +70,10 @@ BALANCE_NS: Final = 30 * SECOND_NS
 
 #: Jobs wait for Islands that refused so often; after that it is said that there is no chain.
 PATIENT_REFUSALS: Final = 3
+
+#: A Cargo whose last job came so lately is asked for: idle layers of others may go for its chain. Consumers who
+#: were told to wait have come again by then.
+ASKED_NS: Final = 120 * SECOND_NS
 
 #: Spares that are kept for each range, if there are Islands left for it.
 SPARES: Final = 1
@@ -143,6 +148,8 @@ class _Cargo:
     """One Cargo's chain."""
 
     known: dict[PeerId, None] = field(default_factory=dict[PeerId, None])
+    asked: Instant | None = None
+    shape: ModelShape | None = None
     first_seen: Instant = _NEVER
     newcomer: Instant = _NEVER
     asking: dict[PeerId, tuple[int, int]] = field(default_factory=dict[PeerId, tuple[int, int]])
@@ -191,12 +198,30 @@ class ChainBook:
     # --- what others ask ----------------------------------------------------------------------------
 
     def wanted(self) -> list[str]:
-        """Digests of Cargos that some Island offers in part. Others are forgotten."""
+        """Digests of Cargos that some Island offers in part, the one asked for last first. Others are gone."""
         shelves = self._islands.shelves
         digests = [digest for digest, shelf in shelves.items() if shelf.shards > 0]
         for digest in self._cargos.keys() - set(digests):
             del self._cargos[digest]
-        return digests
+        return sorted(digests, key=self._asked_at, reverse=True)
+
+    def note_asked(self, now: Instant, digest: str) -> bool:
+        """A job wants it. Whether that is news that may bring it a chain."""
+        cargo = self._cargos.get(digest)
+        if cargo is None:
+            return False
+        news = not cargo.ready and not self.is_asked(now, digest)
+        cargo.asked = now
+        return news
+
+    def is_asked(self, now: Instant, digest: str) -> bool:
+        """Whether a job wanted it lately."""
+        cargo = self._cargos.get(digest)
+        return cargo is not None and cargo.asked is not None and now - cargo.asked < ASKED_NS
+
+    def _asked_at(self, digest: str) -> int:
+        cargo = self._cargos.get(digest)
+        return -1 if cargo is None or cargo.asked is None else cargo.asked
 
     def ready_tps(self, digest: str) -> float | None:
         """Tokens/s expected of a complete chain; None: there is none."""
@@ -374,21 +399,50 @@ class ChainBook:
         taken = cargo.taken.get(peer)
         return (taken.first, taken.last) if taken is not None else cargo.asking.get(peer)
 
-    def _rooms(self, now: Instant, cargo: _Cargo, offers: Sequence[Offer], digest: str) -> list[Room[PeerId]]:
+    def _rooms(
+        self, now: Instant, cargo: _Cargo, offers: Sequence[Offer], digest: str, *, displacing: bool = False
+    ) -> list[Room[PeerId]]:
+        """Room that is free, without what was promised to other Cargos meanwhile. `displacing`: with that of
+        idle layers.
+        """
         query = Query(
             JobShape(CargoDigest(digest), _ANY_PROMPT, _ANY_OUTPUT),
             self._outlook,
             requirements=self._requirements,
         )
-        rooms = rooms_of(now, offers, query, self._layer_ns(cargo))
+
+        def beside(peer: PeerId) -> int:
+            more = self._idle_bytes(now, peer, digest) if displacing else 0
+            return more - self._promised_bytes(peer, digest)
+
+        rooms = rooms_of(now, offers, query, self._layer_ns(cargo), beside)
         return [
             room for room in rooms if (refused := cargo.refused.get(room.peer)) is None or refused.until <= now
         ]
+
+    def _promised_bytes(self, peer: PeerId, digest: str) -> int:
+        """What this Island is to hold of other Cargos and does not show yet."""
+        return sum(
+            other.shape.bytes_of(*promised)
+            for name, other in self._cargos.items()
+            if name != digest
+            and other.shape is not None
+            and (promised := self._promised(other, peer)) is not None
+            and promised[0] < promised[1] <= other.shape.layers
+        )
+
+    def _idle_bytes(self, now: Instant, peer: PeerId, digest: str) -> int:
+        """Not of a Cargo that has a chain and that jobs want here, too."""
+        island = self._islands.get(peer)
+        if island is None:
+            return 0
+        return idle_bytes(island, digest, lambda d: self.is_asked(now, d) and self.layout(d) is not None)
 
     def _plan(
         self, now: Instant, digest: str, cargo: _Cargo, sharding: Sharding, offers: Sequence[Offer]
     ) -> Stepped:
         held, rooms = self._held(now, cargo, offers), self._rooms(now, cargo, offers, digest)
+        wider = self._rooms(now, cargo, offers, digest, displacing=True) if self.is_asked(now, digest) else []
         loaded = {
             (island.peer, shard.first, shard.last)
             for island, offered in offers
@@ -397,19 +451,27 @@ class ChainBook:
         basis = (
             tuple((h.peer, h.first, h.last) for h in held),
             tuple((room.peer, room.room_bytes) for room in rooms),
+            tuple((room.peer, room.room_bytes) for room in wider),
             frozenset(loaded),
         )
         wake = self._next_look(now, cargo)
         if basis == cargo.basis:
             return Stepped(wake=wake)
         cargo.basis = basis
-        found = allocate(_shape(sharding, offers), rooms, held, self._rtt_of, spares=SPARES)
+        shape = cargo.shape = _shape(sharding, offers)
+        displacing = False
+        found = allocate(shape, rooms, held, self._rtt_of, spares=SPARES)
         if isinstance(found, NoAllocation):
-            found = self._anew(cargo, sharding, offers, held, rooms)
+            found = self._anew(cargo, shape, offers, held, rooms, spares=SPARES)
+        if isinstance(found, NoAllocation) and wider:
+            displacing = True
+            found = allocate(shape, wider, held, self._rtt_of, spares=0)
+            if isinstance(found, NoAllocation):
+                found = self._anew(cargo, shape, offers, held, wider, spares=0)
         was_ready = cargo.ready
         if isinstance(found, NoAllocation):
             cargo.ready, cargo.layout = False, None
-            cargo.shortage = shortage_of(_shape(sharding, offers), [_room_bytes(o) for _, o in offers])
+            cargo.shortage = shortage_of(shape, [_room_bytes(o) for _, o in offers], elsewhere_mib(offers))
             waiting = any(r.until > now and r.times <= PATIENT_REFUSALS for r in cargo.refused.values())
             cargo.progress = NotYet(0, sharding.layers) if waiting else None
             return Stepped(wake=wake)
@@ -420,7 +482,7 @@ class ChainBook:
         done = sum(stage.last - stage.first for stage in there)
         cargo.progress = None if cargo.ready else NotYet(done, sharding.layers)
         orders = tuple(
-            Order(each.peer, HoldShard(digest, each.first, each.last))
+            Order(each.peer, HoldShard(digest, each.first, each.last, displacing))
             for each in found.orders
             if each.peer not in cargo.asking
         )
@@ -451,10 +513,12 @@ class ChainBook:
     def _anew(
         self,
         cargo: _Cargo,
-        sharding: Sharding,
+        shape: ModelShape,
         offers: Sequence[Offer],
         held: Sequence[Holder[PeerId]],
         rooms: Sequence[Room[PeerId]],
+        *,
+        spares: int,
     ) -> Allocation[PeerId] | NoAllocation:
         """The ranges that are held do not fit into a chain: let those go that nobody works with."""
         told = {island.peer: offered for island, offered in offers}
@@ -464,13 +528,12 @@ class ChainBook:
             if h.active or h.peer in cargo.taken or h.peer in cargo.asking or h.peer in cargo.loading
         ]
         keep = {h.peer for h in busy}
-        shape = _shape(sharding, offers)
         loose = [
             Room(h.peer, max(_room_bytes(told[h.peer]), shape.bytes_of(h.first, h.last)), h.speed)
             for h in held
             if h.peer not in keep
         ]
-        return allocate(shape, [*rooms, *loose], busy, self._rtt_of, spares=SPARES)
+        return allocate(shape, [*rooms, *loose], busy, self._rtt_of, spares=spares)
 
     def _next_look(self, now: Instant, cargo: _Cargo) -> Instant | None:
         times = [taken.until for taken in cargo.taken.values()]

@@ -25,8 +25,10 @@ class Shortage:
     enough_room_mib: int | None
 
 
-def shortage_of(shape: ModelShape, rooms: Sequence[int]) -> Shortage:
-    """Why nothing fits, and what would. `rooms`: bytes that each Island offers."""
+def shortage_of(shape: ModelShape, rooms: Sequence[int], elsewhere_mib: int = 0) -> Shortage:
+    """Why nothing fits, and what would. `rooms`: bytes that each Island offers. `elsewhere_mib`: what layers of
+    other models take there, all together.
+    """
     here = len(rooms)
     room = sum(rooms) // max(1, here)
     most_mib = -(-shape.total_bytes // _MIB)
@@ -48,4 +50,6 @@ def shortage_of(shape: ModelShape, rooms: Sequence[int]) -> Shortage:
     enough = high if here >= MIN_STAGES and fits(count, high * _MIB) else None
     offer = "Island offers" if here == 1 else "Islands offer"
     detail = f"{most_mib} MiB are needed, {here} {offer} {sum(rooms) // _MIB} MiB"
+    if elsewhere_mib:
+        detail += f"; {elsewhere_mib} MiB are held for other models, and given up once those are idle"
     return Shortage(detail, here, room // _MIB, islands, enough)

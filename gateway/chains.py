@@ -13,6 +13,7 @@ import trio
 
 from dht.coordinates import estimate_ns
 from gateway.chain_book import ChainBook, Layout, Order
+from gateway.chain_orders import REACH_S, OrderGiver
 from gateway.chain_shortage import Shortage
 from gateway.mesh_book import MeshBook
 from gateway.service import StageInfo
@@ -25,7 +26,7 @@ from protocol.adverts import HELLO, METHOD_HELLO
 from protocol.dice import Dice
 from protocol.ids import CargoDigest, PeerId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
-from protocol.ring import METHOD_HOLD, SHARD_HELD, Chain, Dtype, ShardHeld
+from protocol.ring import Chain, Dtype, ShardHeld
 from protocol.work import Work
 from routing.job_events import Ask, Assignment, Full, NotYet, StageSeen
 from routing.requirements import Outlook, Requirements
@@ -35,10 +36,6 @@ GATHER_S: Final = 0.05
 
 #: Without news, all is looked at this often.
 REVIEW_S: Final = 5.0
-
-#: An Island says at once what it will hold; loading comes after. It may have to be dialled before.
-HOLD_NS: Final = 10 * SECOND_NS
-REACH_S: Final = 10.0
 
 #: A stage that its head accuses gets this long to show that it lives.
 ALIVE_NS: Final = SECOND_NS
@@ -59,7 +56,9 @@ _log = structlog.get_logger("chains")
 
 
 class ChainKeeper:
-    """`run` until cancelled. `ready`: called when a Cargo's chain has become complete."""
+    """`run` until cancelled. `giver`: gets orders to their Islands. `ready`: called when a Cargo's chain has
+    become complete.
+    """
 
     def __init__(
         self,
@@ -69,6 +68,7 @@ class ChainKeeper:
         work: WorkBook,
         outlook: Outlook[PeerId],
         *,
+        giver: OrderGiver,
         me: PeerId,
         requirements: Requirements,
         now: Callable[[], Instant],
@@ -94,6 +94,7 @@ class ChainKeeper:
             dtype=dtype,
         )
         self._me = me
+        self._giver = giver
         self._news = trio.Event()
         self._learning: set[str] = set()
         self._ignorant: dict[str, float] = {}
@@ -108,7 +109,9 @@ class ChainKeeper:
     def place(
         self, cargo: CargoDigest, work: Work, now: Instant, ask: Ask[PeerId]
     ) -> Assignment[PeerId] | NotYet | Full | None:
-        """See `ChainBook.place`."""
+        """See `ChainBook.place`. A Cargo that nobody asked for lately may get memory that it did not before."""
+        if self.book.note_asked(now, cargo):
+            self.look()
         return self.book.place(now, cargo, work, ask)
 
     def stages_of(self, chain: Chain | None, seen: Iterable[StageSeen] = ()) -> tuple[StageInfo, ...]:
@@ -195,9 +198,7 @@ class ChainKeeper:
         hold = order.hold
         name = self._known.name_of(order.peer)
         try:
-            with trio.move_on_after(REACH_S):
-                await self._overlay.reach(order.peer)
-                held = await self._peers.call(order.peer, METHOD_HOLD, hold, SHARD_HELD, deadline_ns=HOLD_NS)
+            held = await self._giver.give(order.peer, hold)
         except (CallFailed, PeerUnreachable) as error:
             _log.info("layers refused", island=name, first=hold.first, last=hold.last, reason=str(error))
         if held is not None:

@@ -17,6 +17,7 @@ import structlog
 import trio
 
 from dht.coordinates import estimate_ns
+from gateway.chain_orders import OrderGiver
 from gateway.chains import ChainKeeper
 from gateway.followed_cargos import FollowedCargos
 from gateway.mesh_book import MeshBook
@@ -87,6 +88,7 @@ async def open_mesh(
                 peers,
                 overlay,
                 coordinator=coordinator,
+                signer=signer,
                 policy=policy,
                 now=now,
                 unix_now=unix_now,
@@ -115,6 +117,7 @@ class Mesh:
         overlay: Overlay,
         *,
         coordinator: CoordinatorService,
+        signer: Signer,
         policy: SupervisionPolicy,
         now: Callable[[], Instant],
         unix_now: Callable[[], UnixNs],
@@ -149,6 +152,9 @@ class Mesh:
             self.work,
             self._outlook,
             me=host.peer,
+            giver=OrderGiver(
+                peers, overlay, self.known, signer=signer, vouchers=self._vouchers, unix_now=unix_now
+            ),
             requirements=requirements,
             now=now,
             nursery=nursery,
@@ -156,6 +162,7 @@ class Mesh:
             dtype=dtype,
         )
         self._followed: FollowedCargos | None = None
+        self._following: FollowingService | None = None
         self._filling: set[PeerId] = set()
         self._waiting: dict[JobId, MeshJob] = {}
         self._ready: dict[PeerId, deque[Stream]] = {}
@@ -169,6 +176,7 @@ class Mesh:
     def follow(self, following: FollowingService) -> None:
         """Hear of Islands from other coordinators by this."""
         self._followed = FollowedCargos(self._coordinator, following)
+        self._following = following
         self._nursery.start_soon(self._followed.run)
 
     @property
@@ -291,6 +299,9 @@ class Mesh:
     def _estimate_ns(self, coordinate: int) -> int | None:
         own = self._overlay.driver.machine.coordinate
         return estimate_ns(own, coordinate) if own and coordinate else None
+    def _vouchers(self, cargo: str, island: PeerId) -> tuple[PeerId, ...]:
+        return () if self._following is None else self._following.vouchers(cargo, island)
+
 
     async def _learn_manifests(self, peer: PeerId, digests: tuple[str, ...]) -> None:
         """Ask an Island for the manifests that nobody here knows."""

@@ -72,6 +72,10 @@ class MeshBook:
         self._forget(peer)
         return True
 
+    def advertises_here(self, peer: PeerId) -> bool:
+        """Whether this gateway is one of its coordinators."""
+        return peer in self._direct
+
     def vouched(self, cargo: str, peer: PeerId, advert: IslandAdvert, sequence: int) -> None:
         """Another coordinator says that it has the Cargo."""
         self._vouched.setdefault(peer, {})[cargo] = None

@@ -86,6 +86,11 @@ class FollowingService:
         await self._driver.run()
 
     def want(self, cargo: str) -> None:
+    def vouchers(self, cargo: str, island: PeerId) -> tuple[PeerId, ...]:
+        """Coordinators that say the Island advertises to them with this Cargo."""
+        known = self.machine.followed.get(cargo, island)
+        return () if known is None else tuple(known.by)
+
         """Follow this Cargo (a digest). Idempotent."""
         self._driver.order(Want(cargo))
 

@@ -21,6 +21,10 @@ def _unmeasured(_peer: object) -> int:
     return 0
 
 
+def _nothing(_peer: object) -> int:
+    return 0
+
+
 def holders_of(
     now: Instant,
     offers: Iterable[tuple[Island[P], OfferedCargo]],
@@ -61,19 +65,26 @@ def rooms_of(
     offers: Iterable[tuple[Island[P], OfferedCargo]],
     query: Query[P],
     measured_layer_ns: Callable[[P], int] = _unmeasured,
+    beside: Callable[[P], int] = _nothing,
 ) -> list[Room[P]]:
-    """Islands that offer room for layers and hold none yet, as `routing.chains.plan.allocate` wants them."""
+    """Islands that offer room for layers and hold none yet, as `routing.chains.plan.allocate` wants them.
+
+    `beside`: bytes that an Island has beside the room that it offers, or (negative) less.
+    """
     found: list[Room[P]] = []
     for island, offered in offers:
         shard = offered.shard
-        if shard is None or shard.first < shard.last or not shard.room_mib:
+        if shard is None or shard.first < shard.last:
             continue
         peer = island.peer
+        room_bytes = shard.room_mib * MIB + beside(peer)
+        if room_bytes <= 0:
+            continue
         if peer in query.excluded or not admitted(now, island, offered, query):
             continue
         speed, karma = Speed.of(shard, measured_layer_ns(peer)), query.outlook.karma_of(peer)
         suspect = island.experience.suspect_until > now
-        found.append(Room(peer, shard.room_mib * MIB, speed, karma, suspect))
+        found.append(Room(peer, room_bytes, speed, karma, suspect))
     return found
 
 
