@@ -64,6 +64,43 @@ def _environment() -> dict[str, str]:
     }
 
 
+def _descriptor(stream: object) -> int | None:
+    """Of a pipe; None where pipes are something else."""
+    fileno: Callable[[], int] | None = getattr(stream, "fileno", None)
+    return None if fileno is None else fileno()
+
+
+async def _receive_some(pipe: trio.abc.ReceiveStream) -> bytes:
+    """As the pipe's own, which first gives way to all other tasks, then tries in vain, and only then waits:
+    too much for what comes with every token.
+    """
+    fd = _descriptor(pipe)
+    if fd is None:
+        return bytes(await pipe.receive_some(READ_BYTES))
+    while True:
+        await trio.lowlevel.wait_readable(fd)
+        try:
+            return os.read(fd, READ_BYTES)
+        except BlockingIOError:
+            continue
+
+
+async def _send_all(pipe: trio.abc.SendStream, data: bytes) -> None:
+    """As the pipe's own, without giving way first. Raises trio.BrokenResourceError."""
+    fd = _descriptor(pipe)
+    if fd is None:
+        await pipe.send_all(data)
+        return
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(fd)
+        except OSError as error:
+            raise trio.BrokenResourceError from error
+
+
 class WorkerProcess(Generic[To, From]):
     """`run` lives as long as the process. `on_frame` is called with each frame but beats, in order, and must
     not block; it may raise ValueError to declare the worker broken.
@@ -127,7 +164,7 @@ class WorkerProcess(Generic[To, From]):
         assert stdout is not None  # noqa: S101  (PIPE was asked for; tells the type checker)
         buffer = FrameBuffer(self._kind.from_worker)
         try:
-            while chunk := await stdout.receive_some(READ_BYTES):
+            while chunk := await _receive_some(stdout):
                 for frame in buffer.feed_untrusted(chunk):
                     self._quiet = 0
                     if not isinstance(frame, Beat):
@@ -141,7 +178,7 @@ class WorkerProcess(Generic[To, From]):
         assert stdin is not None  # noqa: S101  (PIPE was asked for; tells the type checker)
         try:
             while True:
-                await stdin.send_all(await self.outbox.take())
+                await _send_all(stdin, await self.outbox.take())
         except trio.BrokenResourceError:
             pass  # it is dead; the reader sees the end of its output
 

@@ -211,7 +211,7 @@ class Workshop(ABC, Generic[To, Command]):
 
     @abstractmethod
     def step(self) -> bool:
-        """One step of the engine, and to the parent what came of it. False if there was nothing to do."""
+        """One step of the engine, and to the parent what came of it. False if there is nothing (more) to do."""
 
     def run(self) -> NoReturn:
         worked = False

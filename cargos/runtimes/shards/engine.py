@@ -209,6 +209,18 @@ class StageEngine:
 
     # --- steps ----------------------------------------------------------------------------------
 
+    def has_work(self) -> bool:
+        """Whether a step would compute something."""
+        return any(map(self._may_step, self._residents.values()))
+
+    def _may_step(self, resident: Resident) -> bool:
+        if resident.context is None:
+            return False
+        rows, _ = self._computable(resident)
+        if resident.deterministic:
+            return rows >= grid_step(resident.have, resident.prompt)
+        return rows > 0
+
     def step(self) -> bool:
         """Compute something, if there is anything to compute."""
         worked = self._step_batch()

@@ -83,11 +83,13 @@ class _Worker(Workshop[ToShard, _Command]):
             head.ask()
             if head.asks:  # the ring should not wait for what is computed here meanwhile
                 self._say(idle=False)
-        worked = self._engine.step()
+        self._engine.step()
         if head is not None:
             head.ask()
-        self._say(idle=not worked)
-        return worked
+        # One frame says what came of it and that nothing is left: each one wakes the peer.
+        left = self._engine.has_work()
+        self._say(idle=not left)
+        return left
 
     def _say(self, *, idle: bool) -> None:
         engine, head = self._engine, self._head
