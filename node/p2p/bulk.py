@@ -7,11 +7,17 @@ it as "connected", opens anything else on it, or serves protocols there that wer
 
 Either side may use it, whoever dialled. One connection carries one kind of stream at a time, so that a download
 does not delay activations. It ends when no stream has been open on it for `HostLimits.bulk_idle_s`.
+
+A peer behind a NAT can not be dialled a second time: not through a hole that was punched, which takes one
+connection, and not through a relay, which counts them. Then the stream takes the ordinary connection, be it
+direct, punched or relayed. Whoever names a relay says by that where it is to be met; its plain addresses are
+tried for a moment only, in case that it is next door.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final, Protocol
 
 import trio
@@ -29,6 +35,9 @@ _LOOKS: Final = 4
 
 #: A connection may end just when we want to use it; then another is made.
 _ATTEMPTS: Final = 2
+
+#: Addresses of one peer that are dialled, all at once: several interfaces, two families.
+_MAX_TARGETS: Final = 8
 
 
 class BulkHost(Protocol):
@@ -129,7 +138,10 @@ class BulkConnections:
 
     async def warm(self, peer: PeerId, protocol: str, addresses: Iterable[str]) -> None:
         """See `Host.warm_bulk`."""
-        await self._connection(peer, protocol, tuple(addresses))
+        texts = tuple(addresses)
+        if await self._connection(peer, protocol, texts) is None and peer not in self._host.connected():
+            with suppress(Unreachable):
+                await self._connect(peer, texts)
 
     # --- inside -------------------------------------------------------------------------------------
 
@@ -158,30 +170,42 @@ class BulkConnections:
         if not self.has_room(peer):
             return None
         known = self._host.dialled_at(peer)
-        targets = [] if known is None else [known]
-        for text in addresses:
-            target = _direct(text, peer)
-            if target is not None and target not in targets:
-                targets.append(target)
-        patience_s = self._limits.bulk_dial_s if peer in self._host.connected() else self._limits.handshake_s
-        for target in targets:
+        plain, relayed = _split(peer, addresses)
+        targets = list(dict.fromkeys(plain if known is None else (known, *plain)))[:_MAX_TARGETS]
+        patience_s = self._limits.handshake_s
+        if relayed and known is None:
+            patience_s = self._limits.next_door_dial_s
+        elif peer in self._host.connected():
+            patience_s = self._limits.bulk_dial_s
+        won: list[Connection] = []
+
+        async def dial(target: Address) -> None:
             try:
-                with trio.fail_after(patience_s):
-                    return await self._host.dial_bulk(target, peer)
-            except (Unreachable, trio.TooSlowError):
-                continue
-        return None
+                won.append(await self._host.dial_bulk(target, peer))
+            except Unreachable:
+                return
+            scope.cancel()
+
+        with trio.move_on_after(patience_s) as scope:
+            async with trio.open_nursery() as nursery:
+                for target in targets:
+                    nursery.start_soon(dial, target)
+        return won[0] if won else None
 
     async def _connect(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
-        """An ordinary connection, also through a relay. Raises Unreachable."""
+        """An ordinary connection, through a relay rather than where nobody answered just now.
+
+        Raises Unreachable.
+        """
         reason = "no address of the peer is known"
-        for text in addresses:
+        plain, relayed = _split(peer, addresses)
+        for target in (*relayed, *plain):
             try:
-                if parse_peer_address(text)[1] == peer:
-                    await self._host.connect(text)
-                    return
+                await self._host.connect(str(target))
             except Unreachable as error:
                 reason = error.reason
+            else:
+                return
         raise Unreachable(reason)
 
     async def _end_idle(self, connection: Connection) -> None:
@@ -196,10 +220,15 @@ class BulkConnections:
                 return
 
 
-def _direct(text: str, peer: PeerId) -> Address | None:
-    """The address if it is this peer's and a socket leads there."""
-    try:
-        target, named = parse_peer_address(text)
-    except AddressInvalid:
-        return None
-    return target if named == peer and target.relay is None else None
+def _split(peer: PeerId, texts: Iterable[str]) -> tuple[list[Address], list[Address]]:
+    """Of these addresses those of this peer: where a socket leads, and at relays."""
+    plain: list[Address] = []
+    relayed: list[Address] = []
+    for text in texts:
+        try:
+            target, named = parse_peer_address(text)
+        except AddressInvalid:
+            continue
+        if named == peer:
+            (plain if target.relay is None else relayed).append(target)
+    return plain, relayed

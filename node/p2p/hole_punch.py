@@ -252,9 +252,10 @@ class HolePuncher:
                 return
             try:
                 if speaks_first:
-                    await self._host.join_outbound(transport, peer, Path(from_listener=True))
+                    path = Path(from_listener=True, punched=True)
+                    await self._host.join_outbound(transport, peer, path)
                 else:
-                    path = Path(inbound=True, from_listener=True)
+                    path = Path(inbound=True, from_listener=True, punched=True)
                     await self._host.join_inbound(transport, path, expected=peer)
             except Unreachable as error:
                 _log.debug("not the peer", peer=peer, target=str(target), reason=error.reason)

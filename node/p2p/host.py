@@ -214,9 +214,10 @@ class Host:
         return connection.remote if connection else None
 
     def dialled_at(self, peer: PeerId) -> Address | None:
-        """Where we reached the peer ourselves, if one of its connections was made so."""
+        """Where we reached the peer ourselves and may do so again, if one of its connections was made so."""
         for connection in self._connections.get(peer, ()):
-            if connection.broken is None and not connection.path.inbound and is_direct(connection.path):
+            path = connection.path
+            if connection.broken is None and is_direct(path) and not (path.inbound or path.punched):
                 host, _, port = connection.remote.rpartition(":")
                 if port.isdigit():
                     return Address("ip6" if ":" in host else "ip4", host, int(port), peer)
@@ -407,7 +408,7 @@ class Host:
                 transport = SocketTransport(stream)
                 punched = self._punches.get(transport.remote)
                 if punched is not None:
-                    await self.join_outbound(transport, punched, Path(inbound=True))
+                    await self.join_outbound(transport, punched, Path(inbound=True, punched=True))
                 else:
                     await self.join_inbound(transport, Path(inbound=True))
         except Unreachable as error:

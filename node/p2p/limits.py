@@ -26,7 +26,11 @@ class HostLimits:
     notices; so those that may be needed are dialled in advance, and stay for a while."""
 
     bulk_dial_s: float = 2.0
-    """One address of a peer gets this long for a bulk connection, if there is another way to reach it."""
+    """The addresses of a peer get this long for a bulk connection, if there is another way to reach it."""
+
+    next_door_dial_s: float = 0.25
+    """The same for the plain addresses of a peer that is to be met at a relay: they can only be of use in our
+    own network, where a handshake takes milliseconds; elsewhere nobody answers there at all."""
 
     max_relayed_connections: int = 256
     """Each costs a plain connection plus a stream, and its bytes are sealed twice."""

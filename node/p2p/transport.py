@@ -42,6 +42,9 @@ class Path:
     bulk: bool = False
     """For tensors and pieces of files only (node/p2p/bulk.py)."""
 
+    punched: bool = False
+    """Through a hole in the peer's NAT, which lets in no second one."""
+
 
 class Transport(Protocol):
     """A reliable byte pipe with one reader and one writer."""
