@@ -6,6 +6,7 @@ engine's event, a lost link, the alarm), nothing waits; what one step causes is 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator
@@ -268,7 +269,9 @@ class RingService:
     def _set_alarm(self) -> None:
         wake = self._machine.next_wake()
         # A microsecond more than asked for: a float must not round to a moment before.
-        self._alarm.deadline = trio.current_time() + 3600 if wake is None else (wake + 1000) / SECOND_NS
+        deadline = math.inf if wake is None else (wake + 1000) / SECOND_NS
+        if deadline != self._alarm.deadline:  # with most tokens it is the same
+            self._alarm.deadline = deadline
 
     def _apply(self, effect: Effect[PeerId, RingMessage, RingEvent]) -> None:
         match effect:

@@ -188,11 +188,11 @@ class RingMachine(StageDuties):
         if session.outlet.peer != peer:
             return
         match message:
-            case RingAck(until=until):
+            case RingAck(until=until, compute_ns=compute_ns):
                 if session.outlet.state is OutletState.OPEN:
                     if until > session.outlet.acked:
                         session.outlet.again, session.outlet.tries = False, 0
-                    session.outlet.acknowledged(now, until)
+                    session.outlet.acknowledged(now, until, at_once=compute_ns > 0)
                     session.outlet.heard = now
                     self._pump(now, session)
             case RingOpened():
@@ -254,7 +254,7 @@ class RingMachine(StageDuties):
         """A stage that lives and does not work is replaced; one that only waits for those behind it says so."""
         outlet = session.outlet
         if session.upstream is not None and session.told < session.intake.have:
-            self._send(session.upstream, RingAck(session.name, session.told))
+            self._tell_again(session)
             self._agenda.set(("watch", session.name), after(now, WATCH_NS))
         if outlet.state is OutletState.OPEN and outlet.acked < min(outlet.sent, session.log.end):
             if late:

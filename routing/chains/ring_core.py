@@ -212,19 +212,26 @@ class RingCore:
         """Tell the stage before us how far we are, but not further than what the next one leaves room for: so
         a stage that is slow slows all before it, instead of filling their memory.
         """
-        room = session.outlet.sent + self._policy.window_rows if session.head is None else session.intake.have
-        until = min(session.intake.have, room)
-        if until > session.told and session.upstream is not None:
+        until = self._tellable(session)
+        due = self._policy.ack_due if session.acks >= self._policy.acks_at_once else 1
+        if until >= session.told + due and session.upstream is not None:
             session.told = until
+            session.acks += 1
             self._send(session.upstream, RingAck(session.name, until, session.step_ns, session.wait_ns))
         if session.told < session.intake.have or session.outlet.acked < min(
             session.outlet.sent, session.log.end
         ):
             self._agenda.sooner(("watch", session.name), after(now, WATCH_NS))
 
+    def _tellable(self, session: Session) -> int:
+        if session.head is not None:
+            return session.intake.have
+        return min(session.intake.have, session.outlet.sent + self._policy.window_rows)
+
     def _tell_again(self, session: Session) -> None:
-        """It sent what we have: it may not know how far we are."""
+        """It does not know how far we are: it sent what we have, or was not told for a while."""
         if session.upstream is not None:
+            session.told = max(session.told, self._tellable(session))
             self._send(session.upstream, RingAck(session.name, session.told))
 
     def _ask_again(self, session: Session) -> None:

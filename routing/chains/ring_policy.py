@@ -69,6 +69,11 @@ class RingPolicy:
     window_rows: int = 512
     """On the way to the next stage. A feed goes if there is room for one row, so a single one always passes."""
     window_bytes: int = MAX_FEED_BYTES
+    ack_rows: int = 8
+    """Rows that come one by one are acknowledged when there are so many of them (or a quarter of the window),
+    or within a second: nobody waits for it, and a message costs two nodes as much as a token does."""
+    acks_at_once: int = 4
+    """The first ones after a stage was opened: whoever opened it learns that it works, and how fast."""
     feed_rows: int = 256
     """Rows in one feed when there is a backlog (a prompt, a replay): four steps of the engine."""
     feed_bytes: int = 2 * MIB
@@ -79,6 +84,11 @@ class RingPolicy:
     sessions: int = 128
     """At once in this node. The engine's slots bound it further; each costs a few KiB here."""
     sessions_per_peer: int = 64
+
+    @property
+    def ack_due(self) -> int:
+        """Rows that are acknowledged together."""
+        return max(1, min(self.ack_rows, self.window_rows // 4))
 
     def __post_init__(self) -> None:
         if self.window_rows > MAX_WINDOW_ROWS or self.window_bytes > MAX_WINDOW_BYTES:

@@ -89,10 +89,16 @@ class Outlet:
         self.sizes.clear()
         self.bytes_ahead = 0
 
-    def acknowledged(self, now: Instant, until: int) -> None:
+    def acknowledged(self, now: Instant, until: int, *, at_once: bool) -> None:
+        """`at_once`: told when the last of them was done. Those before it were done earlier, and count as if
+        they had taken as long as that one.
+        """
         self.acked = max(self.acked, min(until, self.sent))
+        feeds, rows, at = 0, 1, now
         while self.marks and self.marks[0][0] <= until:
             _, rows, at = self.marks.popleft()
+            feeds += 1
+        for _ in range(feeds if at_once else 0):
             self.hop_ns = smoothed(self.hop_ns, (now - at) // rows)
         while self.sizes and self.sizes[0][0] <= until:
             self.bytes_ahead -= self.sizes.popleft()[1]
@@ -159,6 +165,8 @@ class Session:
     alone_since: Instant | None = None
     turn: int = 0
     told: int = 0
+    acks: int = 0
+    """Sent since it was opened by whoever feeds it now."""
     asked: bool = False
     stuck: RingFault | None = None
     """Why it can not go on from here, if so."""
@@ -168,6 +176,7 @@ class Session:
     """Of the first stage: what it was fed."""
     wait_ns: int = 0
     step_ns: int = 0
+    """What the step took that is being told now; 0: none is."""
     losses: tuple[StageLoss, ...] = ()
     intake: Intake = field(default_factory=Intake)
     head: Head | None = None
@@ -256,6 +265,8 @@ def with_spare(chain: Chain, index: int) -> Chain | None:
 def once_more(chain: Chain, index: int) -> Chain | None:
     """The same holder again, as a new generation; None if there were too many."""
     stage = chain.stages[index]
+    if stage.generation >= MAX_GENERATION:
+        return None
     return _replaced(chain, index, msgspec.structs.replace(stage, generation=stage.generation + 1))
 
 
@@ -265,8 +276,6 @@ def _replaced(chain: Chain, index: int, stage: Stage) -> Chain:
 
 
 def work_of(chain: Chain, loss: StageLoss) -> StageWork:
-    if stage.generation >= MAX_GENERATION:
-        return None
     stage = chain.stages[loss.index]
     return StageWork(
         loss.peer, loss.index, stage.first, stage.last, failed=loss.failed, reason=excerpt(loss.reason)

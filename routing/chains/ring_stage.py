@@ -102,7 +102,7 @@ class StageDuties(HeadDuties):
             self._bind(now, session, peer)
         session.touched = session.moved = now
         session.alone_since, session.asked = None, False
-        session.told = 0
+        session.told = session.acks = 0
         have, mark = session.intake.end, session.mark
         self._send(peer, RingOpened(session.name, have, session.turn, session.began, again=turned, mark=mark))
         holder = chain.stages[session.next_index].holder.peer
@@ -202,10 +202,15 @@ class StageDuties(HeadDuties):
             return  # of what a head's engine has dropped itself
         session.rows += done.rows
         session.compute_ns += max(0, done.compute_ns)
-        session.step_ns, session.wait_ns = max(0, done.compute_ns), max(0, done.wait_ns)
+        session.step_ns, session.wait_ns = max(1, done.compute_ns), max(0, done.wait_ns)
         if session.head is not None:
             self._head_done(now, session, session.head)
-            return
+        else:
+            self._stage_done(now, session, done, valid)
+        session.step_ns = 0
+
+    def _stage_done(self, now: Instant, session: Session, done: Done, valid: int) -> None:
+        """Of its rows, the first `valid` are."""
         for start, stop, turn in session.intake.turns_of(done.position, valid) if valid else ():
             new = max(start, session.log.end)
             if start > session.log.end:

@@ -266,7 +266,7 @@ def test_the_window_holds_rows_back_and_so_the_stage_before(opened: Any) -> None
     assert [feed.position for feed in sent] == [0, 2]
     assert max(acks) == 8  # four rows beyond what could be sent on
     out = stage.hear("h", RingAck(SESSION, 2))
-    assert out == [("h", RingFeed(SESSION, 4, 2, b"\x02" * 32)), ("a", RingAck(SESSION, 10, 1000, 10))]
+    assert out == [("h", RingFeed(SESSION, 4, 2, b"\x02" * 32)), ("a", RingAck(SESSION, 10, 0, 10))]
 
 
 def test_a_stage_before_us_that_ignores_the_window_is_thrown_out(opened: Any) -> None:
