@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +33,16 @@ same line on any machine. How to write a scenario, what is modelled and what is 
 """
 
 
+class _ShowVersion(argparse.Action):
+    """`--version`: what a citation needs beside scenario, seed and hash. Looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        from importlib.metadata import version
+
+        print(f"{parser.prog} {version('archipelag')}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="archi-sim",
@@ -39,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version and leave")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a scenario")
@@ -93,6 +105,8 @@ def _add_scenario(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    # A `kill` ends it as Ctrl-C does: what there is gets written, and no worker stays.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     handler: Callable[[argparse.Namespace], int] = arguments.handler
     from sim.settings import ScenarioError
 
@@ -170,7 +184,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from sim.compare import grid_of, sweep
     from sim.progress import ProgressLine
     from sim.scenario import Scenario
+    from sim.settings import ScenarioError
 
+    if arguments.jobs < 0:
+        raise ScenarioError(f"--jobs {arguments.jobs}: at least 1, or 0 for one per core")
     grid = grid_of(arguments.grid)
     changes = _changes(arguments)
     for point in grid:  # a wrong name is told now, not by the last process

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +19,9 @@ from sim.settings import ScenarioError, parse_value
 
 #: Runs of one sweep: more is a slip in the grid.
 MAX_RUNS: Final = 10_000
+
+#: Progress of a sweep is told this often, also while no run ends.
+TELL_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,25 +105,63 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[RunFacts]:
     """Run each point of the grid in a process of its own, at most one per core (or `jobs`); each writes to a
-    folder of its own under `out`. Gives their facts in the grid's order; interrupted: those that were
-    done.
+    folder of its own under `out`. Gives their facts in the grid's order; interrupted (KeyboardInterrupt):
+    those that were done. `progress` is called with how many are done and how many there are, each second.
     """
     cores = os.cpu_count() or 1
     bound = min(jobs or cores, cores, len(grid)) or 1
     facts: dict[int, RunFacts] = {}
-    with ProcessPoolExecutor(max_workers=bound) as pool:
+    others = set(active_children())
+    with ProcessPoolExecutor(max_workers=bound, initializer=_in_worker) as pool:
         work = {
             pool.submit(_run_point, scenario, point, options, str(out / f"{number:04d}")): number
             for number, point in enumerate(grid)
         }
+        pending = set(work)
         try:
-            for future in as_completed(work):
-                facts[work[future]] = future.result()
+            while pending:
+                done, pending = wait(pending, timeout=TELL_S, return_when=FIRST_COMPLETED)
+                for future in done:
+                    facts[work[future]] = future.result()
                 if progress is not None:
                     progress(len(facts), len(grid))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(active_children()) - others:
+                worker.terminate()
     return [facts[number] for number in sorted(facts)]
+
+
+class _Interruption:
+    """In a worker: whether the sweep is over. Told by SIGTERM from whoever started it, and taken once: a
+    terminal's Ctrl-C reaches the workers as well, and a second one would break the writing of what there is.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+        self._running = False
+
+    def __enter__(self) -> None:
+        if self._told:  # the next run was in the queue already
+            raise KeyboardInterrupt
+        self._running = True
+
+    def __exit__(self, *_: object) -> None:
+        self._running = False
+
+    def tell(self, *_: object) -> None:
+        """The signal's handler."""
+        first, self._told = not self._told, True
+        if first and self._running:
+            raise KeyboardInterrupt
+
+
+_INTERRUPTION: Final = _Interruption()
+
+
+def _in_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _INTERRUPTION.tell)
 
 
 def _run_point(scenario: str, point: dict[str, object], options: dict[str, Any], out: str) -> RunFacts:
@@ -126,7 +169,8 @@ def _run_point(scenario: str, point: dict[str, object], options: dict[str, Any],
 
     changes = {**options.get("changes", {}), **point}
     loaded = Scenario.load(scenario, nodes=options.get("nodes"), seed=options.get("seed"), changes=changes)
-    result = run(loaded, out=out)
+    with _INTERRUPTION:
+        result = run(loaded, out=out)
     if not result.complete:
         raise KeyboardInterrupt
     return msgspec.structs.replace(result.facts([]), point=point)

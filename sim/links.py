@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import zipfile
 from collections.abc import Sequence
 from functools import cache, cached_property
 from itertools import accumulate
@@ -145,15 +146,29 @@ class Links:
         """A square matrix of round trips in milliseconds, from .csv (with or without a first line and a first
         column of names) or .npz (array `rtt_ms`). Raises LinksError.
         """
+        if not file.is_file():
+            raise LinksError(f"model 'matrix' needs links.file, an RTT matrix (.csv, .npz); {file} is no file")
         try:
             names, rows = _read_npz(file) if file.suffix == ".npz" else _read_csv(file)
+        except UnicodeDecodeError as error:
+            raise LinksError(f"{file}: not text in UTF-8: {error}") from error
         except OSError as error:
             raise LinksError(f"{file}: {error.strerror or error}") from error
         if any(len(row) != len(rows) for row in rows):
             raise LinksError(
                 f"{file}: an RTT matrix is square; {len(rows)} lines, {len(rows[0])} columns in the first"
             )
-        table = [round(max(cell, 0.0) * MILLISECOND_NS / 2.0) for row in rows for cell in row]
+        if len(names) != len(rows):
+            raise LinksError(f"{file}: {len(names)} names for {len(rows)} sites")
+        for at, row in enumerate(rows):
+            for to, cell in enumerate(row):
+                if to != at and not 0.0 <= cell < math.inf:
+                    raise LinksError(
+                        f"{file}: from {names[at]} to {names[to]}: a round trip of {cell:g} ms; fill in what "
+                        "was not measured, or leave the site out"
+                    )
+        # What stands for the distance of a site to itself is often no figure (-1, NaN): then there is none.
+        table = [round(cell * MILLISECOND_NS / 2.0) if cell > 0.0 else 0 for row in rows for cell in row]
         return Links(table, names, [1] * len(names), loss=loss, jitter_ns=jitter_ns)
 
 
@@ -188,19 +203,20 @@ def _great_circle_km(a: tuple[float, float, float], b: tuple[float, float, float
 
 def _read_csv(file: Path) -> tuple[list[str], list[list[float]]]:
     lines = [line for line in csv.reader(io.StringIO(file.read_text(encoding="utf-8"))) if line]
+    skipped = 0
     if not lines:
         raise LinksError(f"{file}: empty; an RTT matrix in milliseconds was expected")
     names: list[str] = []
     if all(_number(cell) is None for cell in lines[0]):
         names = [cell.strip() for cell in lines[0]]
-        lines = lines[1:]
+        lines, skipped = lines[1:], 1
         if not lines:
             raise LinksError(f"{file}: names but no numbers")
     if _number(lines[0][0]) is None:  # a first column of names
         names = [line[0].strip() for line in lines]
         lines = [line[1:] for line in lines]
     rows: list[list[float]] = []
-    for at, line in enumerate(lines, 1):
+    for at, line in enumerate(lines, 1 + skipped):
         row = [_number(cell) for cell in line]
         if any(cell is None for cell in row):
             raise LinksError(f"{file}: line {at} holds something that is no number")
@@ -222,11 +238,11 @@ def _read_npz(file: Path) -> tuple[list[str], list[list[float]]]:
     import numpy as np  # noqa: PLC0415 - a tenth of a second that only this needs
 
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             matrix = archive["rtt_ms"]
             if matrix.ndim != 2 or matrix.shape[0] > MAX_SITES:
                 raise LinksError(f"{file}: 'rtt_ms' must be a square matrix of at most {MAX_SITES} sites")
             rows = [[float(cell) for cell in row] for row in matrix]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise LinksError(f"{file}: an .npz with an array 'rtt_ms' was expected: {error}") from error
     return [f"site {n}" for n in range(len(rows))], rows

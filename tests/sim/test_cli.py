@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import signal
 import subprocess
@@ -84,6 +85,9 @@ def test_list_and_help_teach(archi_sim):
         (["run", "dht-rtt", "--nodes", "1"], "world.nodes"),
         (["sweep", "dht-rtt", "--grid", "links.loss", "--out", "x"], "axis"),
         (["sweep", "dht-rtt", "--grid", "links.los=1", "--out", "x"], "did you mean"),
+        (["sweep", "dht-rtt", "--grid", "links.loss=0", "--out", "x", "--jobs", "-3"], "--jobs"),
+        (["run", "dht-rtt", "--set", "links.model=fast"], "one of cities, uniform, matrix, not 'fast'"),
+        (["run", "dht-rtt", "--set", "links.model=matrix"], "links.file"),
     ],
 )
 def test_mistakes_are_explained(archi_sim, arguments, complaint):
@@ -118,3 +122,27 @@ def test_ctrl_c_ends_cleanly_and_keeps_files(request, tmp_path):
     assert "Traceback" not in err
     assert "sha256" not in out.splitlines()[-1]
     assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_leaves_no_process(request, tmp_path, sent):
+    running = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "sim.cli", "sweep", "dht-churn", "--nodes", "200", "--jobs", "2"),
+            *("--grid", "world.seed=1,2,3", "--out", str(tmp_path / "out")),
+        ],
+        cwd=request.config.rootpath,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert running.stderr is not None
+    assert "0 of 3 runs" in running.stderr.readline()  # shown although no run has ended
+    running.send_signal(sent)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Traceback" not in err
+    assert (tmp_path / "out" / "sweep.csv").exists()
+    with pytest.raises(ProcessLookupError):  # nobody is left in its session
+        os.killpg(running.pid, 0)

@@ -74,12 +74,34 @@ def test_a_matrix_from_npz(tmp_path):
         ("", "empty"),
         ("1,2\n3,4\n5,6\n", "square"),
         ("1,x\n3,4\n", "no number"),
+        ("a,b\n0,1\n2,x\n", "line 3"),
+        ("0,-1\n2,0\n", "from site 0 to site 1: a round trip of -1 ms"),
+        ("a,b,c\n0,1\n2,0\n", "3 names for 2 sites"),
         ("0,30000\n30000,0\n", "milliseconds"),
     ],
 )
 def test_a_bad_matrix_is_explained(tmp_path, text, complaint):
     (tmp_path / "rtt.csv").write_text(text)
     with pytest.raises(LinksError, match=complaint):
+        Links.from_matrix(tmp_path / "rtt.csv")
+
+
+def test_a_sites_distance_to_itself_may_be_no_figure(tmp_path):
+    (tmp_path / "rtt.csv").write_text("-1,20\n20,-1\n")
+    assert [n / MS for n in Links.from_matrix(tmp_path / "rtt.csv").table] == [0, 10, 10, 0]
+
+
+def test_a_damaged_array_is_explained(tmp_path):
+    np.savez(tmp_path / "rtt.npz", rtt_ms=np.array([[0.0, np.inf], [50.0, 0.0]]))
+    with pytest.raises(LinksError, match="a round trip of inf ms"):
+        Links.from_matrix(tmp_path / "rtt.npz")
+    whole = (tmp_path / "rtt.npz").read_bytes()
+    for damaged in (b"", b"no archive", whole[: len(whole) // 2], "ä".encode("latin-1")):
+        (tmp_path / "rtt.npz").write_bytes(damaged)
+        with pytest.raises(LinksError, match="an array 'rtt_ms' was expected"):
+            Links.from_matrix(tmp_path / "rtt.npz")
+    (tmp_path / "rtt.csv").write_bytes(b"\xff\xfe0")
+    with pytest.raises(LinksError, match="UTF-8"):
         Links.from_matrix(tmp_path / "rtt.csv")
 
 
