@@ -4,6 +4,10 @@ Nobody who sends ever waits. What the network does not take at once lies in the 
 activation there is the one in the log, not a copy) and up to a bound; a peer that leaves more lying has
 failed us as if it were dead. A process that is killed ends its links at once, because the kernel closes its
 sockets; one that is frozen is found out by the machine's pings.
+
+A link to a peer behind a NAT begins at a relay, if there is no other way, and moves once there is a direct one,
+in the midst of its sessions: who opened it finishes the old stream between two messages and goes on with a new
+one; each side reads the old one to its end first, so that nothing is lost or turned round.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import msgspec
 import structlog
 import trio
 
-from node.p2p import Host, Stream, StreamBroken, Unreachable
+from node.p2p import Host, PeerDirect, Stream, StreamBroken, Unreachable
+from node.p2p.host_events import HostEvent
 from node.rpc import PeerUnreachable
 from node.streams import MessageStream
 from protocol.codec import Codec, Message
@@ -75,6 +80,9 @@ _PROGRESS_S: Final = 0.2
 #: Larger messages never fit one frame.
 _SMALL_BYTES: Final = 60_000
 
+#: A link that moves has this long to bring what is still on its old way.
+_MOVE_S: Final = 10.0
+
 _log = structlog.get_logger("ring")
 
 Reach: TypeAlias = Callable[[PeerId], Awaitable[None]]
@@ -99,6 +107,8 @@ class LinkCounters:
     accepted: int = 0
     refused: int = 0
     lost: int = 0
+    moved: int = 0
+    """From a relay to a direct way."""
     overflowed: int = 0
     malformed: int = 0
     dropped: int = 0
@@ -151,6 +161,11 @@ class _Link:
     used_at: float = field(default_factory=trio.current_time)
     reason: str = ""
     watched: _Watched | None = None
+    better: Stream | None = None
+    """Where it goes on after the message that is being sent."""
+    finishing: bool = False
+    emptied: trio.Event = field(default_factory=trio.Event)
+    """All that came on it has been taken."""
 
     @property
     def partial(self) -> int:
@@ -180,15 +195,39 @@ class _Link:
         """Close it at once."""
         self.reason = self.reason or reason
         self.scope.cancel()
-        if self.stream is not None:
-            self.stream.reset()
+        for stream in (self.stream, self.better):
+            if stream is not None:
+                stream.reset()
         self.outbox.clear()
+        self.emptied.set()
+
+    @property
+    def is_relayed(self) -> bool:
+        """It goes through a relay, and has nowhere better to go yet."""
+        return self.better is None and self.stream is not None and self.stream.path.relay is not None
+
+    def finish(self) -> None:
+        """Send what lies here, then say that there is no more."""
+        self.finishing = True
+        self.wanted.set()
+
+    def move(self, stream: Stream) -> None:
+        """Go on with this one."""
+        self.better = stream
+        self.wanted.set()
 
     async def write(self) -> None:
-        """Send what lies in the outbox, until cancelled or broken."""
+        """Send what lies in the outbox, until cancelled, broken, or finished."""
         assert self.stream is not None  # noqa: S101 - it is written to once it is open
         while True:
-            while self.outbox:
+            if self.better is not None:
+                self.sending = True  # what is said meanwhile waits
+                try:
+                    await self.stream.send_eof()
+                finally:
+                    self.sending = False
+                self.stream, self.better = self.better, None
+            while self.outbox and self.better is None:
                 message = self.outbox.popleft()
                 self.queued_bytes -= weight_of(message)
                 self.sending = True
@@ -196,8 +235,12 @@ class _Link:
                     await self.stream.send_all(self._frame(message))
                 finally:
                     self.sending = False
-            self.wanted = trio.Event()
-            await self.wanted.wait()
+            if self.finishing:
+                await self.stream.send_eof()
+                return
+            if self.better is None:
+                self.wanted = trio.Event()
+                await self.wanted.wait()
 
     def _frame(self, message: ToStage | FromStage) -> bytes:
         return self.codec.encode_frame(message)  # type: ignore[arg-type]
@@ -220,6 +263,7 @@ class RingLinks:
         self._warming: set[PeerId] = set()
         self._closed = False
         host.handle(RING_PROTOCOL, self._serve, bulk=True)
+        self._deaf = host.subscribe(self._on_host)
         nursery.start_soon(self._end_idle)
 
     @property
@@ -271,6 +315,7 @@ class RingLinks:
     def close(self) -> None:
         """End them all; nothing is told any more."""
         self._closed = True
+        self._deaf()
         for link in (*self._down.values(), *self._up.values()):
             link.end("this node is shutting down")
 
@@ -324,6 +369,7 @@ class RingLinks:
                 with trio.fail_after(OPEN_S):
                     link.stream = await self._dial(link.peer, addresses)
                 self.counters.opened += 1
+                self._consider_move(link)  # the direct way may have come first
                 await self._run(link, MessageStream(link.stream, TO_STAGE, FROM_STAGE), None)
             except trio.TooSlowError:
                 reason = f"no answer within {OPEN_S:g} s"
@@ -350,6 +396,31 @@ class RingLinks:
                 raise error from None
             return await self._host.open_bulk_stream(peer, RING_PROTOCOL)
 
+    # --- moving ---------------------------------------------------------------------------------------
+
+    def _on_host(self, event: HostEvent) -> None:
+        if isinstance(event, PeerDirect) and (link := self._down.get(event.peer)) is not None:
+            self._consider_move(link)
+
+    def _consider_move(self, link: _Link) -> None:
+        direct = any(path.relay is None for path in self._host.paths(link.peer))
+        if direct and link.is_relayed and not self._closed:
+            self._nursery.start_soon(self._move, link)
+
+    async def _move(self, link: _Link) -> None:
+        """From a relay to the direct way, if that serves; else it stays as it is."""
+        try:
+            with trio.fail_after(OPEN_S):
+                stream = await self._host.open_bulk_stream(link.peer, RING_PROTOCOL)
+        except (Unreachable, trio.TooSlowError) as error:
+            _log.debug("link stays relayed", peer=link.peer, reason=str(error))
+            return
+        if stream.path.relay is None and self._down.get(link.peer) is link and link.is_relayed:
+            self.counters.moved += 1
+            link.move(stream)
+        else:
+            stream.reset()
+
     # --- in -------------------------------------------------------------------------------------------
 
     async def _serve(self, stream: Stream) -> None:
@@ -363,10 +434,9 @@ class RingLinks:
         before = self._up.get(stream.peer)
         self._up[stream.peer] = link
         self.counters.accepted += 1
-        if before is not None:  # whoever lost it knows; the sessions on it go on
-            before.end("replaced by a newer link")
         with link.scope:
             try:
+                await self._succeed(before, stream)
                 await self._run(link, MessageStream(watched, FROM_STAGE, TO_STAGE), watched)
             except StreamBroken as error:
                 link.reason = link.reason or error.reason
@@ -379,6 +449,22 @@ class RingLinks:
             self._lost(link)
             if not self._closed:
                 self._user.upstream_lost(link.peer)
+
+    async def _succeed(self, before: _Link | None, stream: Stream) -> None:
+        """Whoever lost the link before this one knows; the sessions on it go on. If it moved here, what is on
+        its old way comes first.
+        """
+        if before is None:
+            return
+        try:
+            if before.is_relayed and stream.path.relay is None:
+                with trio.move_on_after(_MOVE_S):
+                    await before.emptied.wait()
+                    return  # it ends by itself, once it has said its last word
+            before.end("replaced by a newer link")
+        except trio.Cancelled:
+            before.end("replaced by a newer link")
+            raise
 
     def _progress(self, link: _Link) -> None:
         if sum(each.partial for each in self._up.values()) > MAX_PARTIAL_BYTES:
@@ -413,6 +499,7 @@ class RingLinks:
         `watched`: rows come this way; they are read only as fast as they can be computed.
         """
         failed: list[StreamBroken | ProtocolError] = []
+        stream = link.stream
 
         async def write() -> None:
             try:
@@ -424,18 +511,36 @@ class RingLinks:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(write)
             try:
-                while (message := await messages.receive()) is not None:
-                    link.heard_at = link.whole_at = trio.current_time()
-                    self._user.received(link.peer, message)
-                    if watched is not None:
-                        watched.partial = 0
-                        if not isinstance(message, RingPing):
-                            await self._wait_for_room(link)
+                await self._read(link, messages, watched)
+                while link.stream is not stream and link.stream is not None:  # it has moved
+                    stream = link.stream
+                    await self._read(link, MessageStream(stream, TO_STAGE, FROM_STAGE), None)
+                link.emptied.set()
+                moved = watched is not None and self._up.get(link.peer) is not link
+                if moved:  # they wait for our last word on the old way
+                    nursery.cancel_scope.deadline = trio.current_time() + _MOVE_S
+                    link.finish()
+                else:
+                    nursery.cancel_scope.cancel()
             except (StreamBroken, ProtocolError) as error:  # here: the nursery would wrap it in a group
                 failed.append(error)
-            nursery.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()
         if failed:
             raise failed[0]
+
+    async def _read(
+        self,
+        link: _Link,
+        messages: MessageStream[ToStage, FromStage] | MessageStream[FromStage, ToStage],
+        watched: _Watched | None,
+    ) -> None:
+        while (message := await messages.receive()) is not None:
+            link.heard_at = link.whole_at = trio.current_time()
+            self._user.received(link.peer, message)
+            if watched is not None:
+                watched.partial = 0
+                if not isinstance(message, RingPing):
+                    await self._wait_for_room(link)
 
     async def _wait_for_room(self, link: _Link) -> None:
         while not self._user.has_room():

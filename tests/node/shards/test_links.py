@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,8 +19,12 @@ import trio.lowlevel
 import node.shards.links as links_module
 from node.identity import new_identity
 from node.p2p import open_host
+from node.p2p.relay_client import RelayClient, RelayClientConfig
+from node.p2p.relay_dial import is_direct
+from node.p2p.relay_service import RelayLimits, RelayService
 from node.shards.links import LinkUser, RingLinks
 from node.streams import MessageStream
+from protocol.dice import Dice
 from protocol.ring import (
     FROM_STAGE,
     RING_PROTOCOL,
@@ -293,3 +298,55 @@ async def test_messages_in_part_are_bounded_in_all(make_end, until, monkeypatch)
         await late.send_all(frame)
         await until(lambda: a.up_lost == [b.peer])
         await until(lambda: a.got == [(c.peer, feed(2_000_000))])
+
+
+async def test_a_link_moves_off_its_relay_in_the_midst_of_its_work(make_end, until) -> None:
+    async with (
+        make_end() as a,
+        make_end() as b,
+        open_host(new_identity()) as relay,
+        trio.open_nursery() as nursery,
+    ):
+        RelayService(relay, RelayLimits(), unix_now_s=lambda: 1)
+        place = RelayClient(
+            b.host,
+            RelayClientConfig(backoff_first_s=0.05),
+            dice=Dice(1),
+            unix_now_s=lambda: 1,
+            on_circuit=lambda _: None,
+            changed=lambda: None,
+        )
+        place.offer(relay.addresses[0])
+        nursery.start_soon(place.run)
+        await until(lambda: place.addresses)
+        a.links.send_to_stage(b.peer, open_to(b.peer, place.addresses))
+        await until(lambda: b.got)
+        assert [path.relay for path in a.host.paths(b.peer)] == [relay.peer]
+        down: list[RingFeed] = []
+        up: list[RingAck] = []
+
+        async def talk() -> None:
+            """Small messages among large ones, both ways, before, while and after the link moves."""
+            for n in range(300):
+                down.append(feed(100_000 if n % 10 == 0 else 10, n))
+                a.links.send_to_stage(b.peer, down[-1])
+                up.append(RingAck(SESSION, n))
+                b.links.send_from_stage(a.peer, up[-1])
+                if n == 100:
+                    nursery.start_soon(partial(a.host.connect, b.host.addresses[0], over=is_direct))
+                if n == 200:
+                    await until(lambda: a.links.counters.moved)
+                await trio.lowlevel.checkpoint()
+
+        await talk()
+        await until(lambda: len(a.got) == len(up))
+        await until(lambda: len(b.got) == len(down) + 1)
+        assert [message for _, message in a.got] == up
+        assert [message for _, message in b.got][1:] == down
+        assert a.links.counters.moved == 1
+        await until(lambda: not any(c.streams for c in a.host._connections[b.peer] if c.path.relay))
+        assert a.down_lost == b.up_lost == []
+        assert b.links.upstreams == (a.peer,)
+        a.links.drop(b.peer, "over")
+        await until(lambda: b.up_lost == [a.peer])
+        nursery.cancel_scope.cancel()
