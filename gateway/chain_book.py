@@ -18,19 +18,22 @@ from typing import Final
 import msgspec
 
 from cargos.manifest import Sharding
+from gateway.chain_layout import (
+    Layout,
+    Offer,
+    layout_of,
+    middle_shape,
+    possible,
+    room_bytes,
+    with_few_addresses,
+)
 from gateway.chain_renewal import renewed
 from gateway.chain_room import elsewhere_mib, idle_bytes
 from gateway.chain_shortage import Shortage, shortage_of
-from protocol.adverts import OfferedCargo
 from protocol.dice import Dice
 from protocol.ids import CargoDigest, PeerId
 from protocol.instants import SECOND_NS, Instant, after
-from protocol.ring import (
-    Dtype,
-    HoldShard,
-    ShardHeld,
-    StageWork,
-)
+from protocol.ring import Dtype, HoldShard, ShardHeld, StageWork
 from protocol.work import Work
 from routing.chains.costs import measured_layer_ns
 from routing.chains.offers import held_ranges, holders_of, rooms_of
@@ -44,8 +47,8 @@ from routing.chains.plan import (
     allocate,
     route,
 )
-from routing.chains.rebalance import Balancer
-from routing.islands import Island, IslandBook
+from routing.chains.rebalance import BalancePolicy, Balancer
+from routing.islands import IslandBook
 from routing.job_events import FULL, Ask, Assignment, Full, NotYet, StageSeen
 from routing.placement import JobShape, Query, admitted, shape_of
 from routing.requirements import Outlook, Requirements
@@ -65,8 +68,10 @@ LOADING_NS: Final = 300 * SECOND_NS
 REFUSED_FIRST_NS: Final = 2 * SECOND_NS
 REFUSED_MAX_NS: Final = 120 * SECOND_NS
 
-#: How often it is looked whether a range should be joined by others.
+#: How often it is looked whether a range should be joined by others: so many times while a load becomes one
+#: that lasts, but at least this often.
 BALANCE_NS: Final = 30 * SECOND_NS
+BALANCE_LOOKS: Final = 4
 
 #: Jobs wait for Islands that refused so often; after that it is said that there is no chain.
 PATIENT_REFUSALS: Final = 3
@@ -78,9 +83,6 @@ ASKED_NS: Final = 120 * SECOND_NS
 #: Spares that are kept for each range, if there are Islands left for it.
 SPARES: Final = 1
 
-#: Addresses of an Island in a chain: four of each fit into an offer (MAX_CHAIN_BYTES).
-MAX_STAGE_ADDRESSES: Final = 4
-
 #: Weight of the newest measurement of an Island's layers: what heads say is a claim.
 SPEED_WEIGHT: Final = 0.2
 
@@ -91,7 +93,6 @@ _ANY_OUTPUT: Final = 256
 _NEVER: Final = Instant(0)
 _MIB: Final = 1 << 20
 
-Offer = tuple[Island[PeerId], OfferedCargo]
 RttOf = Callable[[PeerId, PeerId], int | None]
 
 
@@ -101,22 +102,6 @@ class Order:
 
     peer: PeerId
     hold: HoldShard
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Who holds which layers, for people: (peer, first, last), the head last. `spares`: all others that hold
-    some or were asked to.
-    """
-
-    layers: int
-    stages: tuple[tuple[PeerId, int, int], ...]
-    spares: tuple[tuple[PeerId, int, int], ...]
-
-    @property
-    def everybody(self) -> frozenset[tuple[PeerId, int, int]]:
-        """Whoever of two equal ones counts as the spare."""
-        return frozenset((*self.stages, *self.spares))
 
 
 class Stepped(msgspec.Struct, frozen=True):
@@ -184,6 +169,7 @@ class ChainBook:
         rtt_of: RttOf,
         dice: Dice,
         dtype: Dtype = "f16s",
+        balance: BalancePolicy | None = None,
     ) -> None:
         self._islands = islands
         self._outlook = outlook
@@ -193,6 +179,8 @@ class ChainBook:
         self._rtt_of = rtt_of
         self._dice = dice
         self._dtype: Dtype = dtype
+        self._balance_policy = balance or BalancePolicy()
+        self._balance_ns = min(BALANCE_NS, self._balance_policy.smoothing_ns // BALANCE_LOOKS)
         self._cargos: dict[str, _Cargo] = {}
 
     # --- what others ask ----------------------------------------------------------------------------
@@ -254,7 +242,7 @@ class ChainBook:
         job = shape_of(digest, work, ask.done)
         query = Query(job, self._outlook, ask.excluded, self._requirements)
         holders = [
-            _with_few_addresses(holder)
+            with_few_addresses(holder)
             for holder in holders_of(now, self._islands.offers(digest), query, self._layer_ns(cargo))
             if holder.peer not in ask.lost
         ]
@@ -298,12 +286,14 @@ class ChainBook:
 
     def step(self, now: Instant, digest: str, *, learning: bool) -> Stepped:
         """Look at a Cargo. `learning`: its manifest is being asked for."""
-        cargo = self._cargos.setdefault(digest, _Cargo())
+        cargo = self._cargos.get(digest)
+        if cargo is None:
+            cargo = self._cargos[digest] = _Cargo(balancer=Balancer(self._balance_policy))
         sharding = self._sharding_of(digest)
         offers = [
             (island, offered)
             for island, offered in self._admitted(now, CargoDigest(digest))
-            if sharding is None or _possible(offered, sharding)
+            if sharding is None or possible(offered, sharding)
         ]
         self._note_offers(now, cargo, offers)
         if sharding is None:
@@ -325,6 +315,9 @@ class ChainBook:
             return
         cargo.asking.pop(order.peer, None)
         cargo.basis = None
+        holds = held is not None and held.first < held.last
+        if held is None or (held.first, held.last) != (order.hold.first, order.hold.last):
+            cargo.balancer.refused(order.peer, stays=holds)
         if held is None or held.first >= held.last:
             if order.hold.first < order.hold.last:
                 before = cargo.refused.get(order.peer)
@@ -458,7 +451,7 @@ class ChainBook:
         if basis == cargo.basis:
             return Stepped(wake=wake)
         cargo.basis = basis
-        shape = cargo.shape = _shape(sharding, offers)
+        shape = cargo.shape = middle_shape(sharding, offers)
         displacing = False
         found = allocate(shape, rooms, held, self._rtt_of, spares=SPARES)
         if isinstance(found, NoAllocation):
@@ -471,12 +464,12 @@ class ChainBook:
         was_ready = cargo.ready
         if isinstance(found, NoAllocation):
             cargo.ready, cargo.layout = False, None
-            cargo.shortage = shortage_of(shape, [_room_bytes(o) for _, o in offers], elsewhere_mib(offers))
+            cargo.shortage = shortage_of(shape, [room_bytes(o) for _, o in offers], elsewhere_mib(offers))
             waiting = any(r.until > now and r.times <= PATIENT_REFUSALS for r in cargo.refused.values())
             cargo.progress = NotYet(0, sharding.layers) if waiting else None
             return Stepped(wake=wake)
         cargo.shortage, cargo.token_ns = None, found.cost.token_ns
-        cargo.layout = _layout(found, held, sharding.layers)
+        cargo.layout = layout_of(found, held, sharding.layers)
         there = [s for s in found.stages if (s.peer, s.first, s.last) in loaded]
         cargo.ready = len(there) == len(found.stages)
         done = sum(stage.last - stage.first for stage in there)
@@ -496,15 +489,16 @@ class ChainBook:
         """Ranges that are busy for long are joined by others."""
         held = self._held(now, cargo, offers)
         cargo.balancer.watch(now, held)
-        if not cargo.ready or now - cargo.balanced < BALANCE_NS:
+        if not cargo.ready or now - cargo.balanced < self._balance_ns:
             return ()
         cargo.balanced = now
-        rooms = self._rooms(now, cargo, offers, digest)
-        unmoved = [h for h in held if h.peer not in cargo.asking and h.peer not in cargo.taken]
-        shape = _shape(sharding, offers)
-        moves = cargo.balancer.moves(now, shape, rooms, unmoved)
+        # Who was asked just now goes there: its advert may still offer the room, or show where it was.
+        ordered = cargo.asking.keys() | cargo.taken.keys()
+        rooms = [room for room in self._rooms(now, cargo, offers, digest) if room.peer not in ordered]
+        shape = middle_shape(sharding, offers)
+        moves = cargo.balancer.moves(now, shape, rooms, held, ordered=ordered)
         if not moves:
-            moves = cargo.balancer.further(now, shape, rooms, unmoved, self._rtt_of)
+            moves = cargo.balancer.further(now, shape, rooms, held, self._rtt_of, ordered=ordered)
         orders = tuple(Order(move.peer, HoldShard(digest, move.first, move.last)) for move in moves)
         for order in orders:
             cargo.asking[order.peer] = (order.hold.first, order.hold.last)
@@ -529,7 +523,7 @@ class ChainBook:
         ]
         keep = {h.peer for h in busy}
         loose = [
-            Room(h.peer, max(_room_bytes(told[h.peer]), shape.bytes_of(h.first, h.last)), h.speed)
+            Room(h.peer, max(room_bytes(told[h.peer]), shape.bytes_of(h.first, h.last)), h.speed)
             for h in held
             if h.peer not in keep
         ]
@@ -543,47 +537,3 @@ class ChainBook:
 
     def _layer_ns(self, cargo: _Cargo) -> Callable[[PeerId], int]:
         return lambda peer: round(cargo.layer_ns.get(peer, 0))
-
-
-def _possible(offered: OfferedCargo, sharding: Sharding) -> bool:
-    """Whether there are such layers."""
-    shard = offered.shard
-    return shard is not None and shard.layers == sharding.layers and shard.first <= shard.last <= shard.layers
-
-
-def _shape(sharding: Sharding, offers: Iterable[Offer]) -> ModelShape:
-    """With memory for sequences as the middle one of the Islands wants it: one that exaggerates changes
-    nothing. Who needs more than its room for it refuses.
-    """
-    wanted = sorted((o.slots * o.context_length, o.slots, o.context_length) for _, o in offers) or [(0, 0, 0)]
-    _, slots, context = wanted[(len(wanted) - 1) // 2]
-    return ModelShape.of_sharding(sharding, slots=max(1, slots), context=context)
-
-
-def _room_bytes(offered: OfferedCargo) -> int:
-    return 0 if offered.shard is None else offered.shard.room_mib << 20
-
-
-def _layout(found: Allocation[PeerId], held: Sequence[Holder[PeerId]], layers: int) -> Layout:
-    stages = tuple((one.peer, one.first, one.last) for one in found.stages)
-    standing = {stage.peer for stage in found.stages}
-    others = {(h.peer, h.first, h.last) for h in held if h.peer not in standing}
-    others |= {(one.peer, one.first, one.last) for one in found.spares}
-    return Layout(layers, stages, tuple(sorted(others, key=lambda row: (row[1], row[2], row[0]))))
-
-
-def _with_few_addresses(holder: Holder[PeerId]) -> Holder[PeerId]:
-    if len(holder.addresses) <= MAX_STAGE_ADDRESSES:
-        return holder
-    return Holder(
-        holder.peer,
-        holder.first,
-        holder.last,
-        holder.speed,
-        holder.slots,
-        holder.active,
-        holder.karma_milli,
-        holder.suspect,
-        holder.load_age_ns,
-        holder.addresses[:MAX_STAGE_ADDRESSES],
-    )

@@ -12,7 +12,8 @@ import structlog
 import trio
 
 from dht.coordinates import estimate_ns
-from gateway.chain_book import ChainBook, Layout, Order
+from gateway.chain_book import ChainBook, Order
+from gateway.chain_layout import Layout
 from gateway.chain_orders import REACH_S, OrderGiver
 from gateway.chain_shortage import Shortage
 from gateway.mesh_book import MeshBook
@@ -28,6 +29,7 @@ from protocol.ids import CargoDigest, PeerId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
 from protocol.ring import Chain, Dtype, ShardHeld
 from protocol.work import Work
+from routing.chains.rebalance import BalancePolicy
 from routing.job_events import Ask, Assignment, Full, NotYet, StageSeen
 from routing.requirements import Outlook, Requirements
 
@@ -75,6 +77,7 @@ class ChainKeeper:
         nursery: trio.Nursery,
         ready: Callable[[], None],
         dtype: Dtype,
+        balance: BalancePolicy | None,
     ) -> None:
         self._peers = peers
         self._overlay = overlay
@@ -92,6 +95,7 @@ class ChainKeeper:
             rtt_of=self._rtt_ns,
             dice=Dice(overlay.dice.u64(), stream=7),
             dtype=dtype,
+            balance=balance,
         )
         self._me = me
         self._giver = giver

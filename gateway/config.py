@@ -12,9 +12,10 @@ from node.config import Country, LogSettings, NatSettings, OverlaySettings, defa
 from node.coordination.vantage import Vantage
 from node.settings import Settings, SettingsError
 from protocol.ids import PeerId
-from protocol.instants import MILLISECOND_NS
+from protocol.instants import MILLISECOND_NS, SECOND_NS, seconds_to_ns
 from protocol.limits import DEFAULT_TOKEN_WINDOW, MAX_NAME_CHARS, MAX_TOKEN_WINDOW
 from protocol.ring import Dtype
+from routing.chains.rebalance import BalancePolicy
 from routing.geography import JURISDICTIONS, Place
 from routing.job_events import SupervisionPolicy
 from routing.jurisdiction import MAX_LIARS, Residency
@@ -51,6 +52,7 @@ class MeshSettings(Settings, frozen=True):
     full. `karma_floor`: points that an Island must have to get jobs; empty: any. `jurisdictions`: an Island
     must be proven to stand in one of these (ISO country codes, EU), from `vantages`; empty: anywhere.
     `activations`: how the stages of a chain pass on what they computed (docs/sharding.md); f32 changes nothing.
+    `balance_s`: how long a load must last, about, before Islands are sent to layers of a chain that are busy.
     """
 
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/4001",)
@@ -62,10 +64,15 @@ class MeshSettings(Settings, frozen=True):
     karma_floor: Annotated[float, Meta(ge=-1000, le=1_000_000)] | None = None
     jurisdictions: tuple[str, ...] = ()
     activations: Dtype = "f16s"
+    balance_s: Annotated[float, Meta(ge=1, le=86400)] = BalancePolicy().smoothing_ns / SECOND_NS
     liars: Annotated[int, Meta(ge=0, le=MAX_LIARS)] = 1
     """Operators of vantage points that may lie without making a proof."""
 
     vantages: tuple[VantageSettings, ...] = ()
+
+    @property
+    def balance(self) -> BalancePolicy:
+        return BalancePolicy(smoothing_ns=seconds_to_ns(self.balance_s))
 
     @property
     def requirements(self) -> Requirements:

@@ -42,6 +42,7 @@ from protocol.instants import Instant, UnixNs
 from protocol.jobs import FROM_ISLAND, JOB_PROTOCOL, TO_ISLAND
 from protocol.ring import Dtype
 from protocol.work import Work
+from routing.chains.rebalance import BalancePolicy
 from routing.coordinator_events import CoordinatorEvent, IslandChanged, IslandGone
 from routing.following_events import FollowingEvent, IslandSeen, IslandUnseen
 from routing.islands import IslandBook
@@ -79,6 +80,7 @@ async def open_mesh(
     unix_now: Callable[[], UnixNs],
     requirements: Requirements = ANYTHING,
     dtype: Dtype = "f16s",
+    balance: BalancePolicy | None = None,
 ) -> AsyncGenerator[Mesh]:
     """The mesh as this gateway sees it, until left."""
     with plain_errors():
@@ -94,6 +96,7 @@ async def open_mesh(
                 unix_now=unix_now,
                 requirements=requirements,
                 dtype=dtype,
+                balance=balance,
                 nursery=nursery,
             )
             following = FollowingService(
@@ -123,6 +126,7 @@ class Mesh:
         unix_now: Callable[[], UnixNs],
         requirements: Requirements,
         dtype: Dtype,
+        balance: BalancePolicy | None,
         nursery: trio.Nursery,
     ) -> None:
         self.peer: Final = host.peer
@@ -160,6 +164,7 @@ class Mesh:
             nursery=nursery,
             ready=self._tell_jobs,
             dtype=dtype,
+            balance=balance,
         )
         self._followed: FollowedCargos | None = None
         self._following: FollowingService | None = None

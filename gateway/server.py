@@ -116,6 +116,7 @@ async def run_gateway(
             unix_now=unix_now,
             requirements=requirements,
             dtype=settings.mesh.activations,
+            balance=settings.mesh.balance,
         ) as mesh,
         trio.open_nursery() as nursery,
     ):

@@ -11,7 +11,7 @@ it. Under demand that changes, an Island moves at most once in `dwell_ns`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias
 
@@ -20,6 +20,10 @@ from routing.chains.allocation import Allocation, allocate
 from routing.chains.costs import Holder, ModelShape, P, Room, Rtt
 
 _Range: TypeAlias = tuple[int, int]
+
+#: Means are kept in millionths of a thousandth of a session: looks may follow each other in milliseconds, and
+#: what so short a time changes must not be rounded away.
+_FINE: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +58,17 @@ class Move(Generic[P]):
 
 @dataclass(slots=True)
 class _Mean:
-    """A smoothed demand in thousandths of a session."""
+    """A smoothed demand. `latest`: thousandths of a session seen at `at`; they hold until the next look, which
+    comes when they change.
+    """
 
-    milli: int
+    fine: int
+    latest: int
     at: Instant
+
+    @property
+    def milli(self) -> int:
+        return self.fine // _FINE
 
 
 class Balancer(Generic[P]):
@@ -66,7 +77,7 @@ class Balancer(Generic[P]):
     def __init__(self, policy: BalancePolicy | None = None) -> None:
         self._policy: Final = policy or BalancePolicy()
         self._demand: dict[_Range, _Mean] = {}
-        self._moved: dict[P, tuple[_Range, Instant]] = {}
+        self._moved: dict[P, tuple[_Range | None, Instant]] = {}
 
     def demand_milli(self, first: int, last: int) -> int:
         """Smoothed sessions of a range, thousandths."""
@@ -84,19 +95,28 @@ class Balancer(Generic[P]):
         for span, milli in totals.items():
             mean = self._demand.get(span)
             if mean is None:
-                self._demand[span] = _Mean(0, now)  # what was before we looked is not known
+                self._demand[span] = _Mean(0, milli, now)  # what was before we looked is not known
                 continue
             since_ns = max(0, now - mean.at)
-            mean.milli += (milli - mean.milli) * since_ns // (since_ns + self._policy.smoothing_ns)
-            mean.at = now
+            lacking = mean.latest * _FINE - mean.fine
+            mean.fine += lacking * since_ns // (since_ns + self._policy.smoothing_ns)
+            mean.latest, mean.at = milli, now
 
     def moves(
-        self, now: Instant, shape: ModelShape, rooms: Sequence[Room[P]], holders: Sequence[Holder[P]]
+        self,
+        now: Instant,
+        shape: ModelShape,
+        rooms: Sequence[Room[P]],
+        holders: Sequence[Holder[P]],
+        *,
+        ordered: Collection[P] = (),
     ) -> tuple[Move[P], ...]:
-        """Who should go where, at most `max_moves`; they count as moved from now on."""
-        round_ = self._round(now, shape, holders)
+        """Who should go where, at most `max_moves`; they count as moved from now on. `ordered`: who was sent
+        somewhere by somebody else just now, and is left there.
+        """
+        round_ = self._round(now, shape, rooms, holders)
         found: list[Move[P]] = []
-        bound = self._bound(now)
+        bound = self._bound(now) | set(ordered)
         for _ in range(self._policy.max_moves):
             move = round_.best(rooms, bound)
             if move is None:
@@ -114,13 +134,15 @@ class Balancer(Generic[P]):
         rooms: Sequence[Room[P]],
         holders: Sequence[Holder[P]],
         rtt_of: Rtt[P],
+        *,
+        ordered: Collection[P] = (),
     ) -> tuple[Move[P], ...]:
         """One more chain, if some layers are busy wherever they are held and nobody has room for one of those
         ranges: smaller ones may fit. To be asked when `moves` has none.
         """
-        if self._round(now, shape, holders).scarcest() < self._policy.busy_permille:
+        if self._round(now, shape, rooms, holders).scarcest() < self._policy.busy_permille:
             return ()
-        bound = self._bound(now)
+        bound = self._bound(now) | set(ordered)
         free = [room for room in rooms if room.peer not in bound and not room.suspect]
         found = allocate(shape, free, (), rtt_of, spares=0)
         if not isinstance(found, Allocation):
@@ -129,13 +151,26 @@ class Balancer(Generic[P]):
             self._moved[stage.peer] = ((stage.first, stage.last), now)
         return tuple(Move(stage.peer, stage.first, stage.last) for stage in found.stages)
 
-    def _round(self, now: Instant, shape: ModelShape, holders: Sequence[Holder[P]]) -> _Round[P]:
-        """As it is, and with those who are on their way."""
+    def refused(self, peer: P, *, stays: bool) -> None:
+        """It does not go where it was sent. `stays`: it holds something else, and is left alone for a while as
+        if it had moved; else it may be sent again.
+        """
+        if peer in self._moved and stays:
+            self._moved[peer] = (None, self._moved[peer][1])
+        elif peer in self._moved:
+            del self._moved[peer]
+
+    def _round(
+        self, now: Instant, shape: ModelShape, rooms: Iterable[Room[P]], holders: Sequence[Holder[P]]
+    ) -> _Round[P]:
+        """As it is, and with those who are on their way, as long as they are here at all."""
         round_ = _Round(self._policy, shape, holders, self._demand)
         self._moved = {peer: (s, at) for peer, (s, at) in self._moved.items() if not self._is_over(now, at)}
         arrived = {holder.peer: (holder.first, holder.last) for holder in holders}
+        here = arrived.keys() | {room.peer for room in rooms}
         for peer, (span, at) in self._moved.items():
-            if arrived.get(peer) != span and now - at < self._policy.patience_ns:
+            coming = span is not None and peer in here and arrived.get(peer) != span
+            if span is not None and coming and now - at < self._policy.patience_ns:
                 round_.expect(peer, span)
         return round_
 

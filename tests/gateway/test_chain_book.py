@@ -11,7 +11,6 @@ import pytest
 from cargos.manifest import Sharding
 from gateway.chain_book import (
     LOADING_NS,
-    MAX_STAGE_ADDRESSES,
     ORDER_SHOWN_NS,
     REFUSED_FIRST_NS,
     SETTLE_NS,
@@ -19,6 +18,7 @@ from gateway.chain_book import (
     Order,
     Stepped,
 )
+from gateway.chain_layout import MAX_STAGE_ADDRESSES
 from protocol.adverts import IslandAdvert, OfferedCargo, ShardRange
 from protocol.dice import Dice
 from protocol.envelope import Signer
@@ -421,3 +421,52 @@ def test_cargos_and_islands_that_went_leave_nothing() -> None:
     assert world.book.wanted() == []
     assert world.book.layout(CARGO) is None
     assert world.place() is None
+
+
+def load(world: World, looks: int = 40) -> list[Order]:
+    """All slots of all holders are in use for twenty minutes; what is ordered, and nobody obeys."""
+    orders: list[Order] = []
+    for _ in range(looks):
+        for peer, (first, last) in world.ranges().items():
+            if first < last:
+                world.offer(peer, first, last, active=4)
+        orders += world.step(30 * SECOND_NS).orders
+    return orders
+
+
+def test_layers_that_are_busy_for_long_are_joined_by_whoever_comes() -> None:
+    world = World()
+    world.form(*PEERS[:6])  # three stages, and a spare for each
+    assert load(world) == []
+    world.offer(PEERS[6])
+    orders = world.step(30 * SECOND_NS).orders
+    assert [order.peer for order in orders] == [PEERS[6]]
+    assert (orders[0].hold.first, orders[0].hold.last) in world.ranges().values()
+    assert load(world) == [], "it was asked and has not answered"
+    world.obey(orders)
+    assert load(world) == [], "nobody is left to be sent"
+
+
+def test_a_newcomer_under_load_is_told_one_thing_only() -> None:
+    """It is wanted as a spare and where it is busy: the first word holds while its advert offers room."""
+    world = World()
+    world.form(A, B, C)
+    assert load(world) == []
+    world.offer(D)
+    told = world.step(30 * SECOND_NS).orders
+    assert [order.peer for order in told] == [D]
+    for order in told:
+        world.book.answered(world.now, CARGO, order, ShardHeld(order.hold.first, order.hold.last))
+    assert world.step(SECOND_NS).orders == ()
+    assert world.step(10 * SECOND_NS).orders == ()
+
+
+def test_who_refuses_to_join_is_asked_again_later() -> None:
+    world = World()
+    world.form(*PEERS[:6])
+    load(world)
+    world.offer(PEERS[6])
+    (order,) = world.step(30 * SECOND_NS).orders
+    world.book.answered(world.now, CARGO, order, None)
+    again = load(world, looks=4)
+    assert {order.peer for order in again} == {PEERS[6]}

@@ -144,6 +144,72 @@ def test_the_mean_follows_slowly():
     assert balancer.demand_milli(0, 4) == 0
 
 
+def test_the_mean_is_the_same_however_often_is_looked():
+    """An Island's news come many times a second under load; a little of a small change is still something."""
+    holders = [Holder("a", 0, 4, Speed(MS), 2, 2)]
+    seldom, often = (Balancer(BalancePolicy(smoothing_ns=120 * SECOND_NS)) for _ in range(2))
+    for second in range(0, 361, 5):
+        seldom.watch(second * SECOND_NS, holders)
+    for look in range(361 * 20):
+        often.watch(look * 50 * MS, holders)
+    assert abs(seldom.demand_milli(0, 4) - often.demand_milli(0, 4)) < 50
+    assert often.demand_milli(0, 4) > 1800  # of 2000
+
+
+def test_what_was_seen_holds_until_something_else_is_seen():
+    """Looks come when a session ends and when the next one takes its slot: five seconds count as full, and the
+    tenth of a second in between as empty.
+    """
+    balancer = Balancer(BalancePolicy(smoothing_ns=60 * SECOND_NS))
+    for turn in range(100):
+        balancer.watch(turn * 5100 * MS, [Holder("a", 0, 4, Speed(MS), 1, 1)])
+        balancer.watch(turn * 5100 * MS + 5000 * MS, [Holder("a", 0, 4, Speed(MS), 1, 0)])
+    assert 950 < balancer.demand_milli(0, 4) < 1000
+
+
+def busy(balancer, holders, minutes=60):
+    for minute in range(minutes + 1):
+        balancer.watch(minute * MINUTE, holders)
+
+
+def test_who_left_or_refused_is_not_waited_for():
+    holders = [Holder("a", 0, 4, Speed(MS), 1, 2), Holder("b", 4, 8, Speed(MS), 1, 0)]
+    rooms = [Room("c", 40, Speed(MS)), Room("d", 40, Speed(2 * MS))]
+    balancer = Balancer(BalancePolicy(max_moves=1))
+    busy(balancer, holders)
+    assert [move.peer for move in balancer.moves(HOUR, SHAPE, rooms, holders)] == ["c"]
+    # It is on its way: two slots for two sessions are still too few, but only one more is.
+    assert [move.peer for move in balancer.moves(HOUR + 1, SHAPE, rooms, holders)] == ["d"]
+    assert balancer.moves(HOUR + 2, SHAPE, rooms, holders) == ()
+    later = [Room("e", 40, Speed(MS))]
+    assert [move.peer for move in balancer.moves(HOUR + 3, SHAPE, [*later, rooms[1]], holders)] == [
+        "e"
+    ]  # c died
+    balancer.refused("e", stays=False)
+    assert [move.peer for move in balancer.moves(HOUR + 4, SHAPE, [*later, rooms[1]], holders)] == ["e"]
+
+
+def test_one_that_stays_where_it_is_counts_there_and_is_left_alone():
+    net = Network([FIRST] * 2 + [SECOND] * 3)
+    for minute in range(60):
+        moves = net.step(minute * MINUTE, {FIRST: 8, SECOND: 1})
+        if moves:
+            break
+    (move,) = moves
+    net.coming = []
+    net.balancer.refused(move.peer, stays=True)
+    holders = net.holders({FIRST: 8, SECOND: 1})
+    assert move.peer not in {m.peer for m in net.balancer.moves((minute + 1) * MINUTE, SHAPE, [], holders)}
+
+
+def test_who_was_sent_by_others_is_left_there():
+    holders = [Holder("a", 0, 4, Speed(MS), 1, 2), *(Holder(p, 4, 8, Speed(MS), 1, 0) for p in "bcd")]
+    balancer = Balancer()
+    busy(balancer, holders)
+    assert balancer.moves(HOUR, SHAPE, [], holders, ordered={"b", "c", "d"}) == ()
+    assert [move.leaves for move in balancer.moves(HOUR, SHAPE, [], holders, ordered={"b", "c"})] == [SECOND]
+
+
 def test_one_more_chain_where_nobody_has_room_for_a_busy_range():
     balancer = Balancer()
     holders = [Holder("a", 0, 4, Speed(MS), 4, 4), Holder("b", 4, 8, Speed(MS), 4, 4)]
