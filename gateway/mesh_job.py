@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final, Literal, Protocol, TypeVarTuple, Unpack, cast
 
+import msgspec
 import structlog
 import trio
 
@@ -15,6 +16,7 @@ from gateway.service import Completed, Failed, FailureCode, JobEvent, Placed, Pr
 from gateway.work_done import WorkBook
 from node.p2p import StreamBroken, Unreachable
 from node.streams import MessageStream
+from protocol.envelope import Envelope
 from protocol.errors import ProtocolError
 from protocol.ids import CargoDigest, JobId, PeerId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
@@ -84,6 +86,7 @@ class MeshView(Protocol):
     def now(self) -> Instant: ...
     @property
     def work(self) -> WorkBook: ...
+    def permit_for(self, offer: JobOffer) -> Envelope: ...
     def name_of(self, peer: PeerId) -> str: ...
     def rtt_ns(self, peer: PeerId) -> int: ...
     @property
@@ -241,6 +244,8 @@ class MeshJob:
             self._feed(Woken())
 
     def _open_attempt(self, peer: PeerId, offer: JobOffer) -> None:
+        if offer.chain is not None:
+            offer = msgspec.structs.replace(offer, permit=self._mesh.permit_for(offer))
         attempt = self._attempt = _Attempt(peer, offer)
         for island in attempt.islands:
             self._mesh.book.reserve(island)

@@ -66,6 +66,7 @@ from protocol.instants import SECOND_NS, Instant, UnixNs
 from protocol.jobs import JOB_PROTOCOL
 from protocol.limits import MAX_ADVERT_CARGOS
 from protocol.ring import HOLD_SHARD, METHOD_HOLD, METHOD_HOLD_FOR, RELAYED_ORDER
+from routing.chains.ring_door import Door
 
 VERSION: Final = package_version("archipelag")
 #: What other libp2p peers see as our software.
@@ -211,6 +212,7 @@ class Island:
                     self.identity.signer,
                     unix_offset_ns=overlay.unix_offset_ns,
                     reach=overlay.reach,
+                    door=Door(self._works_for),
                 )
                 if settings.shards.offered
                 else nullcontext() as ring,
@@ -282,6 +284,13 @@ class Island:
         state.peers.serve(METHOD_HOLD, HOLD_SHARD, host.hold)
         state.peers.serve(METHOD_HOLD_FOR, RELAYED_ORDER, host.hold_for)
         return host
+
+    def _works_for(self, cargo: str) -> set[str]:
+        """Whose sessions may use all slots of its layers here: coordinators', and whoever ordered them."""
+        affiliation, shards = self.state.affiliation, self.state.shards
+        shard = None if shards is None else shards.shards.get(cargo)
+        known: set[str] = set() if affiliation is None else {*affiliation.coordinators}
+        return known if shard is None else known | {shard.owner}
 
     def _manifest(self, digest: str) -> Manifest | None:
         hosted = self.state.cargos.get(digest)

@@ -73,7 +73,8 @@ class JobOffer(Message, frozen=True, gc=False, tag="offer"):
 
     `deadline_ms`: the consumer gives up that long after this message; an Island need not start what it
     can not finish. `granted`: tokens with an index below it may be generated at once. `chain`: the receiver
-    is the last stage of these and has the others work with it; None: it has the whole Cargo.
+    is the last stage of these and has the others work with it; None: it has the whole Cargo. `permit`: with a
+    chain, the sender's `SessionPermit`, for its stages.
     """
 
     max_bytes: ClassVar[int] = MAX_OFFER_BYTES + MAX_CONTROL_BYTES + MAX_CHAIN_BYTES
@@ -85,6 +86,7 @@ class JobOffer(Message, frozen=True, gc=False, tag="offer"):
     granted: Annotated[int, Meta(ge=1, le=MAX_CONTEXT_TOKENS + MAX_TOKEN_WINDOW)] = DEFAULT_TOKEN_WINDOW
     deadline_ms: Annotated[int, Meta(ge=1, le=86_400_000)] = 600_000
     chain: Chain | None = None
+    permit: Envelope | None = None
 
 
 class JobAccept(Message, frozen=True, gc=False, tag="accept"):

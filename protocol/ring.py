@@ -46,6 +46,7 @@ from protocol.work import Part
 
 RING_PROTOCOL: Final = "/archipelag/ring/1.0.0"
 STAGE_RECEIPT_KIND: Final = "stage-receipt"
+SESSION_PERMIT_KIND: Final = "session-permit"
 
 #: One Island is no chain; beyond eight the hops cost more than any model of today needs memory.
 MIN_STAGES: Final = 2
@@ -78,6 +79,12 @@ SESSION_CHARS: Final = 32
 #: Each stage and spare with four addresses of the greatest length would take 40 KiB; addresses usually have 80
 #: characters. Whoever makes a chain keeps it below this.
 MAX_CHAIN_BYTES: Final = 64 * KIB
+
+#: An envelope around two names.
+MAX_PERMIT_BYTES: Final = KIB
+
+#: A permit holds so much longer than the job may take: clocks of volunteers' machines differ.
+PERMIT_SLACK_NS: Final = 600 * SECOND_NS
 
 #: Of a stage's place. Each chain that is made anew for a job begins some above the one before.
 MAX_GENERATION: Final = 1 << 31
@@ -142,6 +149,15 @@ class Chain(Part, frozen=True, gc=False):
         return len(msgspec.msgpack.encode(self)) <= MAX_CHAIN_BYTES
 
 
+class SessionPermit(Message, frozen=True, gc=False, tag="sp"):
+    """Said by a consumer, signed by it: session `session` on a chain of this Cargo is a job of mine."""
+
+    max_bytes: ClassVar[int] = MAX_PERMIT_BYTES
+
+    session: SessionId
+    cargo: Annotated[str, Meta(min_length=71, max_length=71)]
+
+
 class StageLoss(Part, frozen=True, gc=False, array_like=True):
     """Who had place `index` of a session and was replaced there. `failed`: false if it only had no room."""
 
@@ -160,7 +176,8 @@ class RingOpen(Message, frozen=True, gc=False, tag="ro"):
     stage has from row `upto` on is void once such a one opens it (all, if it was not fed by me until now).
     `prompt`: rows of the prompt.
     `deterministic`: computed alone, the prompt in steps of 32 rows on a fixed grid, each later row alone, so
-    that a replay makes the same numbers bit for bit. `losses`: whom the session has lost so far.
+    that a replay makes the same numbers bit for bit. `losses`: whom the session has lost so far. `permit`: the
+    consumer's `SessionPermit`.
     """
 
     max_bytes: ClassVar[int] = 96 * KIB
@@ -174,6 +191,7 @@ class RingOpen(Message, frozen=True, gc=False, tag="ro"):
     deterministic: bool = False
     began: _Count = 0
     losses: Annotated[tuple[StageLoss, ...], Meta(max_length=MAX_LOSSES)] = ()
+    permit: Envelope | None = None
 
 
 class RingFeed(Message, frozen=True, gc=False, tag="rf"):
@@ -310,6 +328,7 @@ FromStage: TypeAlias = RingOpened | RingAck | RingFault | RingPong
 TO_STAGE: Final[Codec[ToStage]] = Codec(ToStage)
 FROM_STAGE: Final[Codec[FromStage]] = Codec(FromStage)
 STAGE_RECEIPT: Final[Codec[StageReceipt]] = Codec(StageReceipt)
+SESSION_PERMIT: Final[Codec[SessionPermit]] = Codec(SessionPermit)
 
 # --- ordering shards --------------------------------------------------------------------------------
 

@@ -16,12 +16,13 @@ import trio
 
 from cargos.runtimes.base import RuntimeEvent, RuntimeLoad, Session
 from cargos.runtimes.shards.base import HeadRuntime
-from node.jobs import ChainFailed
+from node.jobs import BUSY_RETRY_MS, ChainFailed
 from node.shards.ring import Held, RingService, RingSession
 from protocol.ids import PeerId
 from protocol.jobs import JobOffer, JobReject
-from protocol.ring import Chain, StageShare, StageWork
+from protocol.ring import StageShare, StageWork
 from protocol.work import Work
+from routing.chains.events import Begin
 
 #: The end goes once round the ring; the machine gives it up sooner than this.
 SETTLE_S: Final = 10.0
@@ -55,7 +56,12 @@ class ChainHeads:
             return JobReject("busy", "this session is still being ended here", retry_after_ms=200)
         if offer.work.deterministic and chain.dtype != "f32":
             chain = msgspec.structs.replace(chain, dtype="f32")
-        return HeadJob(self._ring, held, offer.job, chain, consumer, running=self._open)
+        begin = Begin(offer.job, chain, consumer, offer.work.deterministic, offer.permit)
+        away = self._ring.turned_away(begin)
+        if away is not None:
+            code, detail = away
+            return JobReject("busy" if code == "busy" else "unknown-cargo", detail, BUSY_RETRY_MS)
+        return HeadJob(self._ring, held, begin, running=self._open)
 
 
 class HeadJob:
@@ -65,9 +71,7 @@ class HeadJob:
         self,
         ring: RingService,
         held: Held,
-        session: str,
-        chain: Chain,
-        consumer: PeerId,
+        begin: Begin,
         *,
         running: set[str],
     ) -> None:
@@ -75,9 +79,9 @@ class HeadJob:
         self._running = running
         self._ring = ring
         self._runtime = cast("HeadRuntime", held.runtime)
-        self._session = session
-        self._chain = chain
-        self._consumer = consumer
+        self._begin = begin
+        self._session = begin.session
+        self._chain = begin.chain
         self._cargo = held.cargo
         self._head: RingSession | None = None
 
@@ -107,9 +111,7 @@ class HeadJob:
         self, work: Work, *, resume: tuple[int, ...] = (), granted: int
     ) -> AsyncGenerator[Session]:
         """See `Runtime.session`. Leaving the context ends the session in all stages."""
-        head = self._head = self._ring.begin(
-            self._session, self._chain, self._consumer, deterministic=work.deterministic
-        )
+        head = self._head = self._ring.begin(self._begin)
         self._running.add(self._session)
         try:
             async with self._runtime.submit(

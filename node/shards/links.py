@@ -63,6 +63,9 @@ MAX_WARMING: Final = 16
 #: An upstream that said nothing for this long (pings count) makes room for another one.
 IDLE_UPSTREAM_S: Final = 30.0
 
+#: One over which no session runs makes room after this long, whatever it says.
+UNUSED_UPSTREAM_S: Final = 5.0
+
 #: A link that we opened and on which nothing was sent for this long is used by no session: those ping it
 #: several times a second. Until then the next session finds it open.
 IDLE_DOWNSTREAM_S: Final = 60.0
@@ -97,6 +100,8 @@ class LinkUser(msgspec.Struct, frozen=True):
     upstream_lost: Callable[[PeerId], None]
     has_room: Callable[[], bool]
     """May more rows be taken in now?"""
+    is_used: Callable[[PeerId], bool]
+    """Do sessions run over the link that this peer opened?"""
 
 
 @dataclass(slots=True)
@@ -159,6 +164,7 @@ class _Link:
     heard_at: float = field(default_factory=trio.current_time)
     whole_at: float = field(default_factory=trio.current_time)
     used_at: float = field(default_factory=trio.current_time)
+    since: float = field(default_factory=trio.current_time)
     reason: str = ""
     watched: _Watched | None = None
     better: Stream | None = None
@@ -478,9 +484,13 @@ class RingLinks:
     def _make_room(self, peer: PeerId) -> bool:
         if peer in self._up or len(self._up) < MAX_UPSTREAMS:
             return True
+        now = trio.current_time()
         idle = min(self._up.values(), key=lambda link: link.heard_at)
-        if trio.current_time() - idle.heard_at < IDLE_UPSTREAM_S:
-            return False
+        if now - idle.heard_at < IDLE_UPSTREAM_S:
+            unused = [link for link in self._up.values() if not self._user.is_used(link.peer)]
+            idle = min(unused, key=lambda link: link.since, default=idle)
+            if idle not in unused or now - idle.since < UNUSED_UPSTREAM_S:
+                return False
         idle.end("another peer needs its place")
         del self._up[idle.peer]
         self._user.upstream_lost(idle.peer)

@@ -60,6 +60,7 @@ from routing.chains.events import (
     UpstreamLost,
 )
 from routing.chains.ring import RingMachine
+from routing.chains.ring_door import Door
 
 #: Rows that wait for the engines of this node. The machine bounds what each session sends ahead, the engine how
 #: many sessions there are; beyond this nothing is read any more, not even pings.
@@ -75,10 +76,10 @@ _log = structlog.get_logger("ring")
 
 @asynccontextmanager
 async def open_ring(
-    host: Host, signer: Signer, *, unix_offset_ns: int, reach: Reach | None = None
+    host: Host, signer: Signer, *, unix_offset_ns: int, reach: Reach | None = None, door: Door | None = None
 ) -> AsyncGenerator[RingService]:
     """The node's part in rings. On leaving, all links are closed. `unix_offset_ns`: civil time minus trio's
-    clock.
+    clock. `door`: whose sessions it works on; None: everybody's.
     """
     sequence = count(monotonic_now() + unix_offset_ns)  # above any number of an earlier run
 
@@ -86,7 +87,7 @@ async def open_ring(
         expires = UnixNs(receipt.finished_unix_ns + RECEIPT_TTL_NS)
         return signer.seal(STAGE_RECEIPT_KIND, receipt, sequence=next(sequence), expires_unix_ns=expires)
 
-    machine = RingMachine(host.peer, sign=sign, unix_offset_ns=unix_offset_ns)
+    machine = RingMachine(host.peer, sign=sign, unix_offset_ns=unix_offset_ns, door=door)
     with plain_errors():
         async with trio.open_nursery() as nursery:
             ring = RingService(host, nursery, machine, reach=reach)
@@ -107,11 +108,11 @@ class Held:
     last: int
     runtime: StageRuntime
 
-
     @property
     def is_head(self) -> bool:
         """Whether its last layer is the model's, so that it takes jobs (`HeadRuntime`)."""
         return getattr(self.runtime, "submit", None) is not None
+
 
 @dataclass(slots=True, eq=False)
 class RingSession:
@@ -168,6 +169,7 @@ class RingService:
             lambda peer, reason: self._order(DownstreamLost(peer, reason)),
             lambda peer: self._order(UpstreamLost(peer)),
             lambda: self._waiting_bytes < MAX_WAITING_BYTES,
+            machine.is_fed_by,
         )
         self.links: Final = RingLinks(host, nursery, user, reach=reach)
 
@@ -176,7 +178,7 @@ class RingService:
     def hold(self, cargo: str, first: int, last: int, runtime: StageRuntime) -> None:
         """From now on sessions may run through these layers, which `runtime` has loaded."""
         self._held[cargo] = Held(cargo, first, last, runtime)
-        self._order(ShardHeldHere(cargo, first, last))
+        self._order(ShardHeldHere(cargo, first, last, runtime.load().slots))
 
     def let_go(self, cargo: str) -> None:
         """No longer; the machine ends the sessions that do."""
@@ -208,12 +210,17 @@ class RingService:
         """Does this node work on it, in whatever place?"""
         return session in self._heads or session in self._engine_of
 
-    def begin(self, session: str, chain: Chain, consumer: PeerId, *, deterministic: bool) -> RingSession:
+    def turned_away(self, begin: Begin) -> tuple[str, str] | None:
+        """Why this node would be no head of that session: (code, detail)."""
+        return self._machine.turned_away(monotonic_now(), begin)
+
+    def begin(self, begin: Begin) -> RingSession:
         """Start a session of ours, with us as the head of its chain."""
+        session, chain = begin.session, begin.chain
         head = self._heads[session] = RingSession(session, chain.cargo, chain)
         self._engine_of[session] = chain.cargo
         self.counters.begun += 1
-        self._order(Begin(session, chain, consumer, deterministic))
+        self._order(begin)
         return head
 
     def finish(self, head: RingSession) -> None:

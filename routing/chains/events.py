@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from protocol.envelope import Envelope
 from protocol.ids import PeerId
 from protocol.ring import Chain, Dtype, StageWork
 
@@ -13,12 +14,15 @@ from protocol.ring import Chain, Dtype, StageWork
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Head: a session of ours starts on this chain. Its tokens come by `Draw`."""
+    """Head: a session of ours starts on this chain. Its tokens come by `Draw`. `permit`: the consumer's, see
+    `ring_door`.
+    """
 
     session: str
     chain: Chain
     consumer: PeerId
     deterministic: bool
+    permit: Envelope | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +73,14 @@ class EngineRefused:
 
 @dataclass(frozen=True, slots=True)
 class ShardHeldHere:
-    """From now on this node holds these layers of the Cargo; with `first == last` none any more."""
+    """From now on this node holds these layers of the Cargo; with `first == last` none any more. `slots`:
+    sessions at once.
+    """
 
     cargo: str
     first: int
     last: int
+    slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)

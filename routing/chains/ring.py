@@ -71,6 +71,7 @@ from routing.chains.events import (
     UpstreamLost,
 )
 from routing.chains.ring_core import WATCH_NS, Effects, Sign, Timer
+from routing.chains.ring_door import Door
 from routing.chains.ring_log import Cut, cut_equal_rows
 from routing.chains.ring_policy import LATE_NS, RingPolicy
 from routing.chains.ring_session import OutletState, Session
@@ -81,7 +82,8 @@ __all__ = ["RingMachine", "RingPolicy"]
 
 class RingMachine(StageDuties):
     """See the module's text. `sign` makes this node's signed receipts. `unix_offset_ns`: civil time minus the
-    clock that instants come from. `cut`: takes rows out of a payload, see `ring_log.Cut`.
+    clock that instants come from. `cut`: takes rows out of a payload, see `ring_log.Cut`. `door`: whose
+    sessions this node works on; None: everybody's.
     """
 
     def __init__(
@@ -92,8 +94,9 @@ class RingMachine(StageDuties):
         sign: Sign,
         unix_offset_ns: int,
         cut: Cut = cut_equal_rows,
+        door: Door | None = None,
     ) -> None:
-        super().__init__(me, policy, sign=sign, unix_offset_ns=unix_offset_ns, cut=cut)
+        super().__init__(me, policy, sign=sign, unix_offset_ns=unix_offset_ns, cut=cut, door=door)
 
     # --- what can be asked ------------------------------------------------------------------------
 
@@ -107,6 +110,14 @@ class RingMachine(StageDuties):
     def sessions(self, cargo: str) -> int:
         """How many run through this node's shard of the Cargo."""
         return sum(session.chain.cargo == cargo for session in self._sessions.values())
+
+    def is_fed_by(self, peer: PeerId) -> bool:
+        """Whether sessions run over the link that this peer opened."""
+        return peer in self._feeders
+
+    def turned_away(self, now: Instant, command: Begin) -> tuple[str, str] | None:
+        """Why this node would be no head of that session: (code, detail)."""
+        return self._turned_away(now, self._beginning(now, command))
 
     @property
     def log_bytes(self) -> int:
@@ -152,8 +163,8 @@ class RingMachine(StageDuties):
                 session = self._sessions.get(name)
                 if session is not None:
                     self._abandon(session, code, excerpt(detail))
-            case ShardHeldHere(cargo, first, last):
-                self._shard_held(cargo, first, last)
+            case ShardHeldHere(cargo, first, last, slots):
+                self._shard_held(cargo, first, last, slots)
 
     def _message(self, now: Instant, peer: PeerId, message: ToStage | FromStage) -> None:
         match message:

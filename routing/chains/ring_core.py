@@ -6,9 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, Literal, TypeAlias
 
+from protocol.codec import excerpt
 from protocol.envelope import Envelope
+from protocol.errors import ProtocolError
 from protocol.ids import PeerId
-from protocol.instants import MILLISECOND_NS, Instant, after
+from protocol.instants import MILLISECOND_NS, Instant, UnixNs, after
 from protocol.machine import Disconnect, Effect, Emit, Send
 from protocol.ring import (
     MAX_LOSS_CHARS,
@@ -26,6 +28,7 @@ from protocol.ring import (
 )
 from routing.agenda import Agenda
 from routing.chains.events import Compute, Release, RingEvent, StageReplaced
+from routing.chains.ring_door import GUEST_LANES, GUEST_SHARE, Door, check_permit_untrusted
 from routing.chains.ring_links import Links
 from routing.chains.ring_log import Cut, RowLog, Rows
 from routing.chains.ring_policy import MAX_MARKS, RingPolicy
@@ -42,17 +45,21 @@ WATCH_NS: Final = 1000 * MILLISECOND_NS
 class RingCore:
     """State, and what moves it on the side of the next stage. See `routing.chains.ring`."""
 
-    def __init__(self, me: PeerId, policy: RingPolicy, *, sign: Sign, unix_offset_ns: int, cut: Cut) -> None:
+    def __init__(
+        self, me: PeerId, policy: RingPolicy, *, sign: Sign, unix_offset_ns: int, cut: Cut, door: Door | None
+    ) -> None:
         self._me: Final = me
         self._policy: Final = policy
         self._sign: Final = sign
         self._unix_offset_ns: Final = unix_offset_ns
         self._cut: Final = cut
+        self._door: Final = door
         self._sessions: dict[str, Session] = {}
         self._links: Final = Links(policy)
         self._feeders: dict[PeerId, set[str]] = {}
         self._feeder_heard: dict[PeerId, Instant] = {}
         self._held: dict[str, tuple[int, int]] = {}
+        self._slots: dict[str, int] = {}
         self._agenda: Agenda[tuple[Timer, str]] = Agenda()
         self._out: Effects = []
 
@@ -86,9 +93,30 @@ class RingCore:
             touched=now,
             moved=now,
             losses=opening.losses,
+            permit=opening.permit,
+            guest=self._door is not None and self._door.is_guest(opening.chain.cargo, opening.consumer),
         )
         self._sessions[session.name] = session
         return session
+
+    def _turned_away(self, now: Instant, opening: RingOpen) -> tuple[str, str] | None:
+        """Why this node does not work on a session of its consumer, who has none of this name here."""
+        door, cargo = self._door, opening.chain.cargo
+        if door is None:
+            return None
+        unix_now = UnixNs(now + self._unix_offset_ns)
+        guests = [s for s in self._sessions.values() if s.guest and s.chain.cargo == cargo]
+        if door.is_guest(cargo, opening.consumer):
+            lanes = sum(session.deterministic for session in guests) if opening.deterministic else 0
+            if len(guests) >= self._slots.get(cargo, 0) // GUEST_SHARE or lanes >= GUEST_LANES:
+                return "busy", "guests have no more places here"
+        try:
+            check_permit_untrusted(
+                opening.permit, session=opening.session, cargo=cargo, consumer=opening.consumer, now=unix_now
+            )
+        except ProtocolError as error:
+            return "refused", excerpt(error.detail)
+        return None
 
     def _bind(self, now: Instant, session: Session, peer: PeerId) -> None:
         """This peer feeds it from now on."""
@@ -143,6 +171,7 @@ class RingCore:
             deterministic=session.deterministic,
             began=session.began,
             losses=session.losses,
+            permit=session.permit,
         )
 
     def _connect(self, now: Instant, session: Session) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import msgspec
+
 from protocol.codec import excerpt
 from protocol.errors import ProtocolError
 from protocol.instants import MILLISECOND_NS, Instant, after
@@ -38,17 +40,30 @@ class HeadDuties(RingCore):
             self._ended(now, old, old.head)  # nobody waits for its end to come round
         elif old is not None:
             self._forget(old)
-        index = len(chain.stages) - 1
-        began = max(0, (now + self._unix_offset_ns) // MILLISECOND_NS)
-        if old is not None and old.began >= began:
-            began = old.began + 1
-        opening = RingOpen(
-            name, chain, index, 0, 0, command.consumer, deterministic=command.deterministic, began=began
-        )
+        opening = self._beginning(now, command)
+        if old is not None and old.began >= opening.began:
+            opening = msgspec.structs.replace(opening, began=old.began + 1)
+        away = self._turned_away(now, opening)
         session = self._session_of(now, opening)
         session.head, session.log = Head(), RowLog(partial(cut_equal_rows, chain.dtype))
         if not chain.is_whole or not chain.is_bounded or chain.head.peer != self._me:
-            self._fail_upwards(session, "invalid", index, "not a chain whose last stage is this node")
+            self._fail_upwards(session, "invalid", opening.index, "not a chain whose last stage is this node")
+        elif away is not None:
+            self._fail_upwards(session, away[0], opening.index, away[1])
+
+    def _beginning(self, now: Instant, command: Begin) -> RingOpen:
+        """What a head says of itself."""
+        return RingOpen(
+            command.session,
+            command.chain,
+            len(command.chain.stages) - 1,
+            0,
+            0,
+            command.consumer,
+            deterministic=command.deterministic,
+            began=max(0, (now + self._unix_offset_ns) // MILLISECOND_NS),
+            permit=command.permit,
+        )
 
     def _draw(self, now: Instant, command: Draw) -> None:
         session = self._sessions.get(command.session)

@@ -178,6 +178,9 @@ class Session:
     step_ns: int = 0
     """What the step took that is being told now; 0: none is."""
     losses: tuple[StageLoss, ...] = ()
+    permit: Envelope | None = None
+    guest: bool = False
+    """Its consumer is not one that this node works for."""
     intake: Intake = field(default_factory=Intake)
     head: Head | None = None
 

@@ -7,7 +7,16 @@ from protocol.errors import Fault, ProtocolError
 from protocol.ids import PeerId
 from protocol.instants import Instant, after
 from protocol.limits import MAX_RECEIPT_BYTES
-from protocol.ring import MAX_CHAIN_BYTES, MAX_STAGES, RingEnd, RingFault, RingFeed, RingOpen, RingOpened
+from protocol.ring import (
+    MAX_CHAIN_BYTES,
+    MAX_PERMIT_BYTES,
+    MAX_STAGES,
+    RingEnd,
+    RingFault,
+    RingFeed,
+    RingOpen,
+    RingOpened,
+)
 from routing.chains.events import Admit, Done
 from routing.chains.ring_head import TOKEN_BYTES, HeadDuties
 from routing.chains.ring_log import Rows
@@ -23,7 +32,7 @@ class StageDuties(HeadDuties):
     def _open(self, now: Instant, peer: PeerId, message: RingOpen) -> None:
         chain, index = message.chain, message.index
         session = self._sessions.get(message.session)
-        refusal = self._refusal(peer, message, session)
+        refusal = self._refusal(now, peer, message, session)
         if refusal is not None:
             code, detail = refusal
             self._send(peer, RingFault(message.session, code, index, detail))
@@ -48,13 +57,17 @@ class StageDuties(HeadDuties):
             return  # from before a replacement; if it is right after all, it will hear of that and come again
         self._opened_again(now, peer, session, message)
 
-    def _refusal(self, peer: PeerId, message: RingOpen, session: Session | None) -> tuple[str, str] | None:
+    def _refusal(
+        self, now: Instant, peer: PeerId, message: RingOpen, session: Session | None
+    ) -> tuple[str, str] | None:
         """Why this can not be: (code, detail)."""
         chain, index = message.chain, message.index
         if index >= len(chain.stages) or not chain.is_whole:
             return "refused", "not a whole chain"
         if not chain.is_bounded:
             return "refused", f"a chain takes at most {MAX_CHAIN_BYTES} bytes"
+        if message.permit is not None and not message.permit.is_below(MAX_PERMIT_BYTES):
+            return "refused", f"a permit takes less than {MAX_PERMIT_BYTES} bytes"
         if chain.stages[index].holder.peer != self._me or chain.stages[index - 1].holder.peer != peer:
             return "refused", "the chain names others for these places"
         is_head = index == len(chain.stages) - 1
@@ -64,6 +77,8 @@ class StageDuties(HeadDuties):
             return None
         if session is not None and session.head is not None:
             return "refused", "this node is the head of that session"
+        if session is not None and (session.consumer, session.chain.cargo) != (message.consumer, chain.cargo):
+            return "refused", "it is somebody else's session"
         stage = chain.stages[index]
         if self._held.get(chain.cargo) != (stage.first, stage.last):
             return "unknown", "these layers are not held here"
@@ -72,6 +87,7 @@ class StageDuties(HeadDuties):
                 return "busy", "too many sessions"
             if len(self._feeders.get(peer, ())) >= self._policy.sessions_per_peer:
                 return "busy", "too many sessions of this peer"
+            return self._turned_away(now, message)
         return None
 
     def _admit(self, now: Instant, peer: PeerId, message: RingOpen) -> None:
@@ -116,7 +132,6 @@ class StageDuties(HeadDuties):
 
     def _new_head(self, now: Instant, peer: PeerId, session: Session, message: RingOpen) -> None:
         session.began, session.prompt = message.began, message.prompt
-        session.consumer = message.consumer
         # What the one before us sent is what it has, if nothing was lost between. Anybody else can not know
         # whether we have missed something; the first stage is asked for a mark of its tokens.
         trusted = session.index == 0 or (peer == session.upstream and session.alone_since is None)
@@ -276,11 +291,12 @@ class StageDuties(HeadDuties):
         self._emit(Admit(session.name, chain.cargo, chain.dtype, session.prompt, session.deterministic))
         self._ask_again(session)
 
-    def _shard_held(self, cargo: str, first: int, last: int) -> None:
+    def _shard_held(self, cargo: str, first: int, last: int, slots: int) -> None:
         if first < last:
-            self._held[cargo] = (first, last)
+            self._held[cargo], self._slots[cargo] = (first, last), slots
         else:
             self._held.pop(cargo, None)
+            self._slots.pop(cargo, None)
         for session in list(self._sessions.values()):
             stage = session.stage
             if session.chain.cargo == cargo and (stage.first, stage.last) != (first, last):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
@@ -27,10 +28,12 @@ from node.p2p import Host, open_host
 from node.shards.head import ChainHeads
 from node.shards.ring import RingService, open_ring
 from node.streams import MessageStream
+from protocol.envelope import Envelope, Signer
 from protocol.instants import SECOND_NS, UnixNs
 from protocol.jobs import FROM_ISLAND, JOB_PROTOCOL, TO_ISLAND, JobOffer, JobTokens, Token, Usage, token_hash
-from protocol.ring import Chain, Stage, StagePeer
+from protocol.ring import SESSION_PERMIT_KIND, Chain, SessionPermit, Stage, StagePeer
 from protocol.work import Generation, Sampling, TextPrompt
+from routing.chains.ring_door import Door
 
 CARGO = "sha256:" + "c" * 64
 PROMPT = tuple(range(10, 90))
@@ -218,11 +221,11 @@ class ToyNode:
     def peer(self) -> StagePeer:
         return StagePeer(self.identity.peer, self.host.addresses)
 
-    async def run(self, first: int, last: int, layers: int) -> None:
+    async def run(self, first: int, last: int, layers: int, door: Door | None) -> None:
         with self.alive:
             async with (
                 open_host(self.identity) as self.host,
-                open_ring(self.host, self.identity.signer, unix_offset_ns=10**18) as self.ring,
+                open_ring(self.host, self.identity.signer, unix_offset_ns=10**18, door=door) as self.ring,
                 trio.open_nursery() as nursery,
             ):
                 self.stage = ToyStage(first, last, layers, self.ring.events_of(CARGO))
@@ -276,16 +279,29 @@ async def slow_line(
         task_status.started("/".join(("", kind, "127.0.0.1", "tcp", str(own), *rest)))
 
 
+def permit_of(signer: Signer, session: str, cargo: str = CARGO) -> Envelope:
+    """For as long as any test takes."""
+    return signer.seal(
+        SESSION_PERMIT_KIND,
+        SessionPermit(session, cargo),
+        sequence=1,
+        expires_unix_ns=UnixNs(4_000_000_000 * SECOND_NS),
+    )
+
+
 class Toys:
     """Makes nodes; plays the gateway."""
 
-    def __init__(self, nursery: trio.Nursery, gateway: Host) -> None:
+    def __init__(self, nursery: trio.Nursery, gateway: Host, signer: Signer) -> None:
         self.nursery = nursery
         self.gateway = gateway
+        self.signer = signer
 
-    async def node(self, first: int, last: int, layers: int = 12) -> ToyNode:
+    async def node(self, first: int, last: int, layers: int = 12, *, guarded: bool = False) -> ToyNode:
+        """`guarded`: it works for this gateway; all others are guests."""
         node = ToyNode(new_identity())
-        self.nursery.start_soon(node.run, first, last, layers)
+        door = Door(lambda _: {self.gateway.peer}) if guarded else None
+        self.nursery.start_soon(node.run, first, last, layers, door)
         with trio.fail_after(30):
             await node.up.wait()
         return node
@@ -317,7 +333,8 @@ class Toys:
         peer = await self.gateway.connect(address)
         stream = MessageStream(await self.gateway.open_stream(peer, JOB_PROTOCOL), TO_ISLAND, FROM_ISLAND)
         work = Generation(TextPrompt("hi"), Sampling(seed=3), max_tokens=count)
-        await stream.send(JobOffer(job, CARGO, work, chain=chain, granted=4096, **more))
+        offer = JobOffer(job, CARGO, work, chain=chain, granted=4096, permit=permit_of(self.signer, job))
+        await stream.send(msgspec.structs.replace(offer, **more))
         return stream
 
     async def tokens(self, stream: MessageStream[Any, Any], until: int | None = None) -> tuple[list[int], Any]:
@@ -338,9 +355,16 @@ class Toys:
 
 @pytest.fixture
 async def toys() -> AsyncGenerator[Toys]:
-    async with open_host(new_identity()) as gateway, trio.open_nursery() as nursery:
-        yield Toys(nursery, gateway)
+    identity = new_identity()
+    async with open_host(identity) as gateway, trio.open_nursery() as nursery:
+        yield Toys(nursery, gateway, identity.signer)
         nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def make_permit() -> Callable[..., Envelope]:
+    """`make_permit(signer, session)`"""
+    return permit_of
 
 
 @pytest.fixture

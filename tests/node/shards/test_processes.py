@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from protocol.coordination import (
     CoordinationMessage,
 )
 from protocol.dice import Dice
-from protocol.envelope import open_untrusted
+from protocol.envelope import Signer, open_untrusted
 from protocol.ids import PeerId
 from protocol.instants import SECOND_NS, UnixNs
 from protocol.jobs import (
@@ -47,7 +48,17 @@ from protocol.jobs import (
     JobProgress,
     JobTokens,
 )
-from protocol.ring import METHOD_HOLD, SHARD_HELD, Chain, HoldShard, ShardHeld, Stage, StagePeer
+from protocol.ring import (
+    METHOD_HOLD,
+    SESSION_PERMIT_KIND,
+    SHARD_HELD,
+    Chain,
+    HoldShard,
+    SessionPermit,
+    ShardHeld,
+    Stage,
+    StagePeer,
+)
 from protocol.work import ChatMessage, ChatPrompt, Generation, Sampling
 
 CARGO = "smollm2-135m-f16"
@@ -73,8 +84,9 @@ class Process:
 class Coordinator:
     """Takes adverts, orders layers, offers jobs."""
 
-    def __init__(self, host: Any, peers: Any) -> None:
+    def __init__(self, host: Any, peers: Any, signer: Signer) -> None:
         self.host = host
+        self.signer = signer
         self.peers = peers
         self.adverts: dict[PeerId, IslandAdvert] = {}
         self._sequences: dict[PeerId, int] = {}
@@ -104,15 +116,19 @@ class Coordinator:
     async def offer(self, chain: Chain, job: str) -> MessageStream[Any, Any]:
         stream = await self.host.open_stream(PeerId(chain.head.peer), JOB_PROTOCOL)
         messages = MessageStream(stream, TO_ISLAND, FROM_ISLAND)
-        await messages.send(JobOffer(job, chain.cargo, WORK, chain=chain, granted=4096))
+        expires = UnixNs(time.time_ns() + 600 * SECOND_NS)
+        body = SessionPermit(job, chain.cargo)
+        permit = self.signer.seal(SESSION_PERMIT_KIND, body, sequence=1, expires_unix_ns=expires)
+        await messages.send(JobOffer(job, chain.cargo, WORK, chain=chain, granted=4096, permit=permit))
         return messages
 
 
 @asynccontextmanager
 async def coordinator() -> AsyncGenerator[Coordinator]:
     hello = Hello("c", "0", (ROLE_COORDINATOR,))
-    async with open_host(new_identity()) as host, open_peers(host, hello=hello, dice=Dice(1)) as peers:
-        yield Coordinator(host, peers)
+    identity = new_identity()
+    async with open_host(identity) as host, open_peers(host, hello=hello, dice=Dice(1)) as peers:
+        yield Coordinator(host, peers, identity.signer)
 
 
 @asynccontextmanager
