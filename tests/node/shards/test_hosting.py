@@ -14,6 +14,7 @@ import trio
 from rich.console import Console
 
 import node.shards.hosting as hosting_module
+import node.shards.memory as memory_module
 from cargos.catalogue import CargoEntry
 from cargos.errors import CargoError
 from cargos.resolve import resolve_cargo
@@ -25,14 +26,24 @@ from node.island import unix_now
 from node.p2p import open_host
 from node.p2p.host import plain_errors
 from node.rpc import Refused
-from node.shards.hosted import share_out, whole_mib, words_of
+from node.shards.hosted import MAX_MOVES, share_out, whole_mib, words_of
 from node.shards.hosting import ShardHost
 from node.shards.kept import FILE_NAME, read_kept
+from node.shards.orders import ORDER_BURST
 from node.shards.ring import open_ring
 from node.snapshot import CounterSnapshot, Snapshot, shard_snapshots
 from node.status import render_status
 from protocol.adverts import ShardRange
-from protocol.ring import HoldShard, ShardHeld
+from protocol.envelope import Signer
+from protocol.instants import UnixNs
+from protocol.ring import (
+    SHARD_ORDER_KIND,
+    SHARD_ORDER_TTL_NS,
+    HoldShard,
+    RelayedOrder,
+    ShardHeld,
+    ShardOrder,
+)
 
 SETTINGS = ShardSettings(memory_mib=150, slots=2, context_length=512)
 BOSS, OTHER, STRANGER = (new_identity().peer for _ in range(3))
@@ -50,6 +61,7 @@ class Engine:
         self.make_stage = make_stage
         self.specs: list[Any] = []
         self.open = 0
+        self.most = 0
         self.fail = ""
         self.loaded = trio.Event()
         self.loaded.set()
@@ -58,6 +70,7 @@ class Engine:
     async def __call__(self, spec: Any, on_event: Any) -> AsyncGenerator[Any]:
         self.specs.append(spec)
         self.open += 1
+        self.most = max(self.most, self.open)
         try:
             stage = self.make_stage(spec.first, spec.last, spec.layers, on_event)
             stage.ready = self._ready
@@ -119,11 +132,21 @@ class Island:
         assert isinstance(held, ShardHeld)
         return held.first, held.last
 
+    async def relay(
+        self, first: int, last: int, *, by: Signer, sequence: int, to: str = "", through: str = BOSS
+    ) -> tuple[int, int]:
+        """As a coordinator passes it on."""
+        order = ShardOrder(to or self.host._relayed._me, HoldShard(self.digest, first, last))  # noqa: SLF001
+        expires = UnixNs(unix_now() + SHARD_ORDER_TTL_NS)
+        envelope = by.seal(SHARD_ORDER_KIND, order, sequence=sequence, expires_unix_ns=expires)
+        held = await self.host.hold_for(through, RelayedOrder(envelope))  # type: ignore[arg-type]
+        return held.first, held.last
+
 
 @pytest.fixture
 def island(entry: CargoEntry, tmp_path: Path, make_stage: Any):
     @asynccontextmanager
-    async def make(settings: ShardSettings = SETTINGS) -> AsyncGenerator[Island]:
+    async def make(settings: ShardSettings = SETTINGS, *others: CargoEntry) -> AsyncGenerator[Island]:
         identity = new_identity()
         async with (
             open_host(identity) as host,
@@ -144,7 +167,8 @@ def island(entry: CargoEntry, tmp_path: Path, make_stage: Any):
                 me=identity.peer,
                 unix_now=unix_now,
             )
-            shards.offer(entry)
+            for each in (entry, *others):
+                shards.offer(each)
             await nursery.start(shards.run)
             yield Island(shards, engine, store, ring, entry.digest)
             nursery.cancel_scope.cancel()
@@ -277,6 +301,108 @@ async def test_what_fails_is_told_and_can_be_ordered_again(island, until) -> Non
         one.engine.fail = ""
         await one.order(0, 10)
         await until(lambda: one.shard.state == "ready")
+
+
+async def test_orders_that_come_through_a_coordinator(island, until, monkeypatch) -> None:
+    mine, theirs = Signer(b"m" * 32), Signer(b"t" * 32)
+    async with island() as one:
+        with pytest.raises(Refused, match="works for"):
+            await one.relay(0, 10, by=mine, sequence=1, through=STRANGER)
+        with pytest.raises(Refused, match="another Island"):
+            await one.relay(0, 10, by=mine, sequence=1, to=OTHER)
+        assert await one.relay(0, 10, by=mine, sequence=5) == (0, 10)
+        assert await one.relay(0, 10, by=mine, sequence=5, through=OTHER) == (0, 10)  # the same, another way
+        await until(lambda: one.shard.state == "ready")
+        assert one.shard.owner == mine.peer
+        one.shard.used_at = trio.current_time()
+        assert await one.relay(10, 20, by=theirs, sequence=9) == (0, 10)  # in use, and not theirs
+        assert await one.order(10, 20) == (0, 10)  # nor the coordinator's that brought it
+        assert await one.relay(10, 20, by=mine, sequence=6) == (10, 20)
+        with pytest.raises(Refused, match="later order"):
+            await one.relay(0, 10, by=mine, sequence=5)  # brought once more by who kept it
+        forged = RelayedOrder(
+            msgspec.structs.replace(
+                mine.seal(
+                    SHARD_ORDER_KIND,
+                    ShardOrder(one.host._relayed._me, HoldShard(one.digest, 0, 5)),  # noqa: SLF001
+                    sequence=7,
+                    expires_unix_ns=UnixNs(unix_now() + SHARD_ORDER_TTL_NS),
+                ),
+                sequence=8,
+            )
+        )
+        with pytest.raises(Refused, match="signature"):
+            await one.host.hold_for(BOSS, forged)
+        monkeypatch.setattr(hosting_module, "USED_S", -1.0)
+        await until(lambda: one.shard.state == "ready")
+        assert await one.relay(0, 10, by=theirs, sequence=10) == (0, 10)
+        for sequence in range(11, 11 + MAX_MOVES - 3):
+            at = sequence % 2 * 10
+            assert await one.relay(at, at + 10, by=theirs, sequence=sequence) == (at, at + 10)
+        with pytest.raises(Refused, match="too often"):
+            await one.relay(0, 5, by=theirs, sequence=100)
+        await until(lambda: one.shard.state == "ready")
+        assert await one.order(0, 5) == (0, 5)  # its coordinators are its own choice
+
+
+async def test_strangers_orders_are_metered(island) -> None:
+    async with island() as one:
+        signer = Signer(b"m" * 32)
+        with pytest.raises(Refused, match="at a time"):  # noqa: PT012 - one of many
+            for sequence in range(1, 2 * ORDER_BURST):
+                await one.relay(0, 5, by=signer, sequence=sequence)
+        assert await one.relay(0, 5, by=signer, sequence=100, through=OTHER) == (0, 5)
+
+
+async def test_idle_layers_give_way_to_a_cargo_that_is_asked_for(island, until, monkeypatch) -> None:
+    monkeypatch.setattr(hosting_module, "_LOOK_S", 0.01)
+    monkeypatch.setattr(memory_module, "UNUSED_S", 3600.0)
+    other = resolve_cargo("gemma3-270m")
+    async with island(msgspec.structs.replace(SETTINGS, memory_mib=250), other) as one:
+        host, gemma = one.host, one.host.shards[other.digest]
+        assert await one.order(0, 10) == (0, 10)
+        await until(lambda: one.shard.state == "ready")
+        free = host.room_of(gemma)
+        assert free == 250 - one.shard.mib_of(0, 10)
+        last = next(n for n in range(1, 19) if gemma.mib_of(0, n) > free)
+        order = HoldShard(other.digest, 0, last, displace=True)
+        assert not host.range_of(one.shard).idle
+        with pytest.raises(Refused, match="room for"):
+            await host.hold(BOSS, order)  # a moment ago
+        monkeypatch.setattr(memory_module, "UNUSED_S", 0.0)
+        await until(lambda: host.range_of(one.shard).idle)
+        assert one.shard.state == "ready"  # idle, and nobody wants the memory
+        with pytest.raises(Refused, match="room for"):
+            await host.hold(BOSS, msgspec.structs.replace(order, displace=False))
+        one.ring._engine_of["s" * 32] = one.digest  # noqa: SLF001 - a session begins
+        with pytest.raises(Refused, match="room for"):
+            await host.hold(BOSS, order)
+        del one.ring._engine_of["s" * 32]  # noqa: SLF001
+        one.shard.used_at = float("-inf")
+        open_before = one.engine.open
+        assert await host.hold(OTHER, order) == ShardHeld(0, last)
+        assert one.shard.wanted == (0, 0)
+        assert host.room_of(one.shard) == 250 - gemma.mib_of(0, last)
+        await until(lambda: gemma.state == "ready" and one.shard.state == "room")
+        assert (open_before, one.engine.open) == (1, 1)
+        assert one.engine.most == 1, "both had the memory at a time"
+        kept = read_kept(host._data_dir)  # noqa: SLF001
+        assert {digest: (each.first, each.last) for digest, each in kept.items()} == {other.digest: (0, last)}
+        assert one.store.used[-1] == Path(f"/gemma3-270m/0-{last}")
+        assert one.store.pruned == [SETTINGS.disk_mib << 20] * 2
+
+
+async def test_layers_are_never_given_up_if_the_owner_says_so(island, until, monkeypatch) -> None:
+    monkeypatch.setattr(memory_module, "UNUSED_S", 0.0)
+    other = resolve_cargo("gemma3-270m")
+    settings = msgspec.structs.replace(SETTINGS, idle_minutes=0, disk_mib=0)
+    async with island(settings, other) as one:
+        await one.order(0, 10)
+        await until(lambda: one.shard.state == "ready")
+        assert not one.host.range_of(one.shard).idle
+        with pytest.raises(Refused, match="room for"):
+            await one.host.hold(BOSS, HoldShard(other.digest, 0, 18, displace=True))
+        assert one.store.pruned == []
 
 
 def test_words() -> None:
