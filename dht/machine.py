@@ -136,6 +136,10 @@ class DhtMachine:
     def open_calls(self) -> int:
         return len(self._core.calls)
 
+    def set_clock(self, unix_offset_ns: int) -> None:
+        """Civil time is so far from the clock of instants now: it was set, or this machine slept."""
+        self._core.unix_offset_ns = unix_offset_ns
+
     def awaits(self, peer: int, call: int) -> bool:
         """Whether this peer owes us the answer to this call; what else calls itself an answer is not read."""
         return self._core.calls.is_open(call, peer)

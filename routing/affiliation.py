@@ -122,7 +122,17 @@ class Parted(msgspec.Struct, Generic[P], frozen=True, gc=False):
     reason: str
 
 
-AffiliationEvent: TypeAlias = NeedCandidates | Affiliated[P] | Parted[P]
+class TurnedAway(msgspec.Struct, Generic[P], frozen=True, gc=False):
+    """A coordinator does not take the advert; it is tried again later. `code`: full, invalid, ...; `detail`:
+    its own words. Both are safe to show.
+    """
+
+    peer: P
+    code: str
+    detail: str
+
+
+AffiliationEvent: TypeAlias = NeedCandidates | Affiliated[P] | Parted[P] | TurnedAway[P]
 
 Effects: TypeAlias = list[Effect[P, CoordinationMessage, AffiliationEvent[P]]]
 Sealer: TypeAlias = Callable[[IslandAdvert, int, UnixNs], Envelope]
@@ -136,8 +146,17 @@ LATE_NS: Final = 2 * SECOND_NS
 #: A coordinator may have a higher number of ours than we do (our clock was set back). One so far ahead lies.
 MAX_AHEAD_NS: Final = 3600 * SECOND_NS
 
+#: It tells of one such number after a restart of ours. More often, it makes us sign for nothing.
+MAX_RAISED: Final = 3
+
+#: Who lied is left alone for so long, also if it connects anew.
+LIAR_NS: Final = 3600 * SECOND_NS
+
 #: Among how many reviews one asks for new candidates although there are enough.
 REVIEWS_PER_SEARCH: Final = 5
+
+#: Long ago: due, and late.
+_AT_ONCE: Final = Instant(0)
 
 _SEAL, _REVIEW, _SEARCH, _FILL = "seal", "review", "search", "fill"
 
@@ -145,12 +164,14 @@ _SEAL, _REVIEW, _SEARCH, _FILL = "seal", "review", "search", "fill"
 @dataclass(slots=True)
 class _Tie(Generic[P]):
     """One coordinator. `heard`: its last answer, or when we began. `taken`: number of the advert that it
-    has; `call`: what is under way (0: nothing), and whether that is an advert. `replaces`: whom it takes
-    the place of.
+    has; `sent`: of the one that it was sent last; `raised`: how often it knew a higher one than we; `call`:
+    what is under way (0: nothing), and whether that is an advert. `replaces`: whom it takes the place of.
     """
 
     heard: Instant
     taken: int = 0
+    sent: int = 0
+    raised: int = 0
     call: int = 0
     putting: bool = False
     affiliated: bool = False
@@ -172,7 +193,7 @@ class Affiliation(Generic[P]):
     ) -> None:
         self._seal_with: Final = seal
         self._dice: Final = dice
-        self._unix_offset_ns: Final = unix_offset_ns
+        self._unix_offset_ns = unix_offset_ns
         self._policy: Final = policy
         self.candidates: Final[CandidateBook[P]] = CandidateBook(policy.candidates, dice)
         self._ties: dict[P, _Tie[P]] = {}
@@ -180,6 +201,7 @@ class Affiliation(Generic[P]):
         self._advert: IslandAdvert | None = None
         self._envelope: Envelope | None = None
         self._sequence = 0
+        self._sealed = 0  # the number of the envelope at hand
         self._sealed_at = Instant(0)
         self._calls = 0
         self._reviews = 0
@@ -208,6 +230,15 @@ class Affiliation(Generic[P]):
                     pass
         out, self._out = self._out, []
         return out
+
+    def set_clock(self, unix_offset_ns: int) -> None:
+        """Civil time is so far from the clock of instants now: it was set, or this machine slept. What was
+        signed may have expired, and who refused it may take what is signed anew.
+        """
+        self._unix_offset_ns = unix_offset_ns
+        self.candidates.forgive()
+        if self._envelope is not None:
+            self._agenda.set((_SEAL, None), _AT_ONCE)
 
     def next_wake(self) -> Instant | None:
         return None if self._stopped else self._agenda.next()
@@ -270,24 +301,29 @@ class Affiliation(Generic[P]):
         match message:
             case AdvertTaken(call, sequence) if 0 < call <= tie.call:
                 self._taken(now, peer, tie, sequence)
-            case Declined(call, code, retry_ms) if 0 < call <= tie.call:
+            case Declined(call, code, retry_ms, detail) if 0 < call <= tie.call:
                 tie.heard, tie.putting = now, False
                 if code == "too-fast":
                     wait_ns = max(retry_ms * MILLISECOND_NS, self._policy.advert_gap_ns)
                     self._agenda.set(("ask", peer), after(now, min(wait_ns, self._policy.alive_ns)))
                 else:
+                    self._emit(TurnedAway(peer, excerpt(code), excerpt(detail)))
                     self._part(now, peer, f"declined: {excerpt(code)}", retry_ms * MILLISECOND_NS)
             case _:
                 pass  # late, or not for us
 
     def _taken(self, now: Instant, peer: P, tie: _Tie[P], sequence: int) -> None:
-        tie.heard, tie.putting, tie.taken = now, False, sequence
+        repeat = tie.putting and sequence != tie.sent
+        tie.heard, tie.taken = now, sequence
         if sequence > self._sequence:
-            if sequence > now + self._unix_offset_ns + MAX_AHEAD_NS:
-                self._part(now, peer, "claims a number that we never gave")
+            tie.raised += 1
+            far = sequence > now + self._unix_offset_ns + MAX_AHEAD_NS
+            if far or tie.raised > MAX_RAISED:
+                self._part(now, peer, "claims a number that we never gave", LIAR_NS if far else 0, lied=far)
                 return
+            # One of ours from before the clock was set back: go on above it.
             self._sequence = sequence
-            self._seal(now)
+            self._agenda.sooner((_SEAL, None), max(now, after(self._sealed_at, self._policy.advert_gap_ns)))
         if sequence and not tie.affiliated:
             tie.affiliated = True
             self.candidates.worked(peer)
@@ -296,7 +332,10 @@ class Affiliation(Generic[P]):
                 self._send(tie.replaces, AdvertWithdrawn())
                 self._untie(tie.replaces, "nearer")
             tie.replaces = None
-        if tie.taken != self._sequence:
+        if repeat and sequence < self._sealed:
+            return  # it was sent a newer one: the next try comes in its time, however often it says this
+        tie.putting = False
+        if sequence < self._sealed:
             self._ask(now, peer, tie)
         else:
             self._agenda.set(("ask", peer), after(now, self._policy.alive_ns))
@@ -310,15 +349,15 @@ class Affiliation(Generic[P]):
         self._sequence = max(self._sequence + 1, unix_now)
         expires = UnixNs(unix_now + self._policy.advert_ttl_ns)
         self._envelope = self._seal_with(self._advert, self._sequence, expires)
-        self._sealed_at = now
+        self._sealed, self._sealed_at = self._sequence, now
         self._agenda.set((_SEAL, None), after(now, self._policy.advert_ttl_ns // 3))
 
     def _ask(self, now: Instant, peer: P, tie: _Tie[P]) -> None:
         """Send the advert, or a sign of life if it has it."""
-        if tie.taken == self._sequence:
+        if tie.taken and tie.taken >= self._sealed:
             self._calls += 1
             tie.call, tie.putting = self._calls, False
-            self._send(peer, AdvertKeep(tie.call, self._sequence))
+            self._send(peer, AdvertKeep(tie.call, tie.taken))
         else:
             self._put(peer, tie)
         self._agenda.set(("ask", peer), after(now, self._policy.retry_ns))
@@ -326,7 +365,7 @@ class Affiliation(Generic[P]):
     def _put(self, peer: P, tie: _Tie[P]) -> None:
         if self._envelope is not None:
             self._calls += 1
-            tie.call, tie.putting = self._calls, True
+            tie.call, tie.putting, tie.sent = self._calls, True, self._sealed
             self._send(peer, AdvertPut(tie.call, self._envelope))
 
     def _ask_again(self, now: Instant, peer: P, tie: _Tie[P]) -> None:
@@ -391,9 +430,18 @@ class Affiliation(Generic[P]):
             best, worst = change
             self._begin(now, best, worst)
 
-    def _part(self, now: Instant, peer: P, reason: str, least_ns: int = 0, *, disconnect: bool = False) -> None:
+    def _part(
+        self,
+        now: Instant,
+        peer: P,
+        reason: str,
+        least_ns: int = 0,
+        *,
+        disconnect: bool = False,
+        lied: bool = False,
+    ) -> None:
         self._untie(peer, reason)
-        self.candidates.failed(now, peer, least_ns)
+        self.candidates.failed(now, peer, least_ns, lied=lied)
         if disconnect:
             self._out.append(Disconnect(peer, reason))
         self._fill(now)

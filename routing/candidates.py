@@ -60,6 +60,7 @@ class _Known:
     failures: int = 0
     not_before: Instant = _NEVER
     failed: Instant = _NEVER
+    barred_until: Instant = _NEVER
 
 
 class CandidateBook(Generic[P]):
@@ -108,8 +109,8 @@ class CandidateBook(Generic[P]):
         known = self._known.get(peer)
         return known is not None and known.pinned
 
-    def failed(self, now: Instant, peer: P, least_ns: int = 0) -> None:
-        """Leave it alone for a while, `least_ns` at least."""
+    def failed(self, now: Instant, peer: P, least_ns: int = 0, *, lied: bool = False) -> None:
+        """Leave it alone for a while, `least_ns` at least. Who `lied` is not forgiven before that."""
         known = self._known.get(peer)
         if known is None:
             return
@@ -117,11 +118,18 @@ class CandidateBook(Generic[P]):
         known.failures += 1
         known.failed = now
         known.not_before = after(now, max(least_ns, wait_ns) + self._dice.below(wait_ns // 2 + 1))
+        if lied:
+            known.barred_until = known.not_before
 
     def worked(self, peer: P) -> None:
         known = self._known.get(peer)
         if known is not None:
-            known.failures, known.not_before = 0, _NEVER
+            known.failures, known.not_before = 0, known.barred_until
+
+    def forgive(self) -> None:
+        """What failed, failed for reasons of ours: all may be turned to, except those that lied."""
+        for peer in self._known:
+            self.worked(peer)
 
     def usable(self, now: Instant) -> list[P]:
         """Those that are not to be left alone: first such that did not fail lately, of these pinned ones

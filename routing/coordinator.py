@@ -130,7 +130,7 @@ class Coordinator(Generic[P]):
         self.me: Final = me
         self._notary: Final = notary
         self._dice: Final = dice
-        self._unix_offset_ns: Final = unix_offset_ns
+        self._unix_offset_ns = unix_offset_ns
         self._policy: Final = policy
         self._group_of: Final = group_of
         self._estimate: Final = estimate
@@ -147,6 +147,7 @@ class Coordinator(Generic[P]):
         self._identity: Identity | None = None
         self._said: CoordinatorSummary | None = None
         self._said_at = Instant(0)
+        self._said_sequence = 0
         self._expire_at = Instant(0)
         self._out: Effects[P] = []
 
@@ -181,6 +182,13 @@ class Coordinator(Generic[P]):
             self._send(peer, push)
         out, self._out = self._out, []
         return out
+
+    def set_clock(self, unix_offset_ns: int) -> None:
+        """Civil time is so far from the clock of instants now: it was set, or this machine slept."""
+        self._unix_offset_ns = unix_offset_ns
+        self._said = None  # what it said may have expired by the new time
+        if self._identity is not None:
+            self._agenda.set(_SUMMARY, Instant(0))
 
     def next_wake(self) -> Instant | None:
         wakes = [wake for wake in (self._agenda.next(), self._follows.next_wake()) if wake is not None]
@@ -444,7 +452,9 @@ class Coordinator(Generic[P]):
             return
         unix_now = self._unix(now)
         expires = UnixNs(unix_now + self._policy.summary_ttl_ns)
-        envelope = self._notary.seal_summary(summary, sequence=unix_now, expires_unix_ns=expires)
+        # Above the last one also if the clock was set back: others take only what is newer.
+        self._said_sequence = max(self._said_sequence + 1, unix_now)
+        envelope = self._notary.seal_summary(summary, sequence=self._said_sequence, expires_unix_ns=expires)
         self._said, self._said_at = summary, now
         self._emit(SummaryMade(envelope, summary, self._policy.summary_ttl_ns))
 

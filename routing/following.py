@@ -113,7 +113,7 @@ class Follower(Generic[P]):
     ) -> None:
         self.me: Final = me
         self._notary: Final = notary
-        self._unix_offset_ns: Final = unix_offset_ns
+        self._unix_offset_ns = unix_offset_ns
         self._policy: Final = policy
         self.candidates: Final[CandidateBook[P]] = CandidateBook(policy.candidates, dice)
         self.summaries: Final[CoordinatorBook[P]] = CoordinatorBook(policy.coordinators)
@@ -154,6 +154,11 @@ class Follower(Generic[P]):
                 pass
         out, self._out = self._out, []
         return out
+
+    def set_clock(self, unix_offset_ns: int) -> None:
+        """Civil time is so far from the clock of instants now: it was set, or this machine slept."""
+        self._unix_offset_ns = unix_offset_ns
+        self.candidates.forgive()
 
     def next_wake(self) -> Instant | None:
         wakes = [wake for wake in (self._agenda.next(), self._questions.next_wake()) if wake is not None]
@@ -288,12 +293,12 @@ class Follower(Generic[P]):
             self._drop_link(now, peer, "lost")
         self._questions.lost(now, peer)
 
-    def _drop_link(self, now: Instant, peer: P, reason: str, least_ns: int = 0) -> None:
+    def _drop_link(self, now: Instant, peer: P, reason: str, least_ns: int = 0, *, lied: bool = False) -> None:
         link = self._links[peer]
         cargos = tuple(link.cargos)
         for cargo in cargos:
             self._leave(now, peer, cargo, orphans=True)
-        self.candidates.failed(now, peer, least_ns)
+        self.candidates.failed(now, peer, least_ns, lied=lied)
         self._emit(CoordinatorLost(peer, reason))
         for cargo in cargos:
             self._fill(now, cargo)
@@ -420,7 +425,7 @@ class Follower(Generic[P]):
                     told.pop(found.peer, None)
                     self._vouched(peer, cargo, found, seen)
         except ProtocolError:
-            self._drop_link(now, peer, "lied", LIAR_NS)
+            self._drop_link(now, peer, "lied", LIAR_NS, lied=True)
             return
         for island in told:
             if self.followed.unvouch(peer, cargo, island):
@@ -469,7 +474,7 @@ class Follower(Generic[P]):
         try:
             opened = [self._open_untrusted(now, peer, seen) for seen in message.islands]
         except ProtocolError:
-            self.candidates.failed(now, peer, LIAR_NS)
+            self.candidates.failed(now, peer, LIAR_NS, lied=True)
             self._emit(CoordinatorLost(peer, "lied"))
             self._questions.failed(now, peer, message.call)
             return

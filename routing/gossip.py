@@ -120,7 +120,7 @@ class GossipMachine(Generic[P]):
         self._policy: Final = policy
         self._openers: Final = dict(openers)
         self._kinds: Final = dict(kinds)
-        self._offset_ns: Final = unix_offset_ns
+        self._offset_ns = unix_offset_ns
         self.store: Final = ItemStore(policy.capacity, policy.stranger_capacity, policy.per_origin, favoured)
         self._recent: Final = RecentIds(policy.recent)
         self._neighbours: dict[P, Neighbour[P]] = {}
@@ -154,6 +154,14 @@ class GossipMachine(Generic[P]):
                 pass
         self._tick(now)
         return self._flush()
+
+    def set_clock(self, unix_offset_ns: int) -> None:
+        """Civil time is so far from this machine's clock now: it was set, or the machine slept."""
+        self._offset_ns = unix_offset_ns
+        self._recent.clear()  # what was refused as expired, or as from the future, may be good after all
+        for held in self.store:
+            self._recent.count(held.id)
+        self._expire_at = Instant(0) if len(self.store) else None
 
     def next_wake(self) -> Instant | None:
         sync_at = self._sync_at if self._neighbours else None

@@ -151,6 +151,9 @@ class RecentIds:
     def __len__(self) -> int:
         return len(self._copies)
 
+    def clear(self) -> None:
+        self._copies.clear()
+
     def count(self, item_id: int) -> int:
         """It came (once more); how often by now."""
         copies = self._copies[item_id] = self._copies.get(item_id, 0) + 1

@@ -38,6 +38,7 @@ from routing.affiliation import (
     NeedCandidates,
     Parted,
     RoundTripMeasured,
+    TurnedAway,
 )
 from routing.candidates import CoordinatorCandidate
 from routing.notary import EnvelopeNotary
@@ -88,6 +89,7 @@ class AffiliationService:
         )
         port.listen(self._driver.received)
         peers.subscribe(self._on_peer)
+        overlay.clock.subscribe(self._set_clock)
         peers.subscribe_round_trips(self._on_round_trip)
         named = [parse_peer_address(address)[1] for address in pinned]
         self._driver.order(FoundCoordinators(tuple(CoordinatorCandidate(peer, pinned=True) for peer in named)))
@@ -114,6 +116,10 @@ class AffiliationService:
 
     # --- inside -------------------------------------------------------------------------------------
 
+    def _set_clock(self, unix_offset_ns: int) -> None:
+        self.machine.set_clock(unix_offset_ns)
+        self._driver.wake()
+
     def _on_event(self, event: AffiliationEvent[PeerId]) -> None:
         match event:
             case NeedCandidates():
@@ -130,6 +136,15 @@ class AffiliationService:
                 release = self._pins.pop(peer, None)
                 if release is not None:
                     release()
+            case TurnedAway(peer, "invalid", detail):
+                _log.warning(
+                    "a coordinator refuses what this Island says of itself",
+                    peer=peer,
+                    reason=detail,
+                    remedy="if it says expired, set this computer's clock",
+                )
+            case TurnedAway(peer, code, detail):
+                _log.info("a coordinator has no place for this Island", peer=peer, reason=code, detail=detail)
 
     async def _search(self) -> None:
         """Those of our region first, then any."""

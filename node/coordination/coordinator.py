@@ -169,8 +169,9 @@ class CoordinatorService:
         self.driver: Final[
             MachineDriver[CoordinationMessage, CoordinatorCommand[PeerId], CoordinatorEvent[PeerId]]
         ] = MachineDriver(self.machine, peers, METHOD_COORDINATION, nursery, self._on_event)
-        self.orders: Final = OrderRelay(peers, self.machine, unix_offset_ns=overlay.unix_offset_ns)
+        self.orders: Final = OrderRelay(peers, self.machine, unix_now=overlay.unix_now)
         peers.subscribe_round_trips(self._on_round_trip)
+        overlay.clock.subscribe(self._set_clock)
 
     @property
     def book(self) -> IslandBook[PeerId]:
@@ -216,6 +217,10 @@ class CoordinatorService:
             nursery.start_soon(self._tell_identity)
 
     # --- inside -------------------------------------------------------------------------------------
+
+    def _set_clock(self, unix_offset_ns: int) -> None:
+        self.machine.set_clock(unix_offset_ns)
+        self.driver.wake()
 
     async def _tell_identity(self) -> None:
         while True:

@@ -14,7 +14,7 @@ from typing import Final, Generic, TypeAlias, TypeVar
 import structlog
 import trio
 
-from node.overlay.driver import monotonic_now
+from node.overlay.clock import monotonic_now
 from node.peers import PeerDown, PeerEvent, Peers
 from node.rpc import PeerUnreachable
 from protocol.codec import Message
@@ -91,6 +91,10 @@ class MachineDriver(Generic[M, C, E]):
     def received(self, peer: PeerId, message: M) -> None:
         """A peer's message came."""
         self._drive(Received(peer, message))
+
+    def wake(self) -> None:
+        """Something about the machine was changed: see what it has to do now."""
+        self._drive(Woken())
 
     async def run(self) -> None:
         """Wake the machine when it asks for it, until cancelled."""

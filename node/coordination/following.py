@@ -79,18 +79,19 @@ class FollowingService:
         )
         port.listen(self._driver.received)
         peers.subscribe(self._on_peer)
+        overlay.clock.subscribe(self._set_clock)
         peers.subscribe_round_trips(self._on_round_trip)
 
     async def run(self) -> None:
         """Keep time until cancelled."""
         await self._driver.run()
 
-    def want(self, cargo: str) -> None:
     def vouchers(self, cargo: str, island: PeerId) -> tuple[PeerId, ...]:
         """Coordinators that say the Island advertises to them with this Cargo."""
         known = self.machine.followed.get(cargo, island)
         return () if known is None else tuple(known.by)
 
+    def want(self, cargo: str) -> None:
         """Follow this Cargo (a digest). Idempotent."""
         self._driver.order(Want(cargo))
 
@@ -102,6 +103,10 @@ class FollowingService:
         self._driver.order(LearnSummary(summary))
 
     # --- inside -------------------------------------------------------------------------------------
+
+    def _set_clock(self, unix_offset_ns: int) -> None:
+        self.machine.set_clock(unix_offset_ns)
+        self._driver.wake()
 
     def _on_event(self, event: FollowingEvent[PeerId]) -> None:
         match event:

@@ -89,6 +89,7 @@ class GossipService:
         )
         peers.serve_notice(METHOD_GOSSIP, GOSSIP_CODEC, self._driver.received)
         peers.subscribe(self._on_peer)
+        overlay.clock.subscribe(self._set_clock)
 
     async def run(self) -> None:
         """Keep time, and keep neighbours."""
@@ -101,6 +102,10 @@ class GossipService:
         self._driver.order(Publish(item))
 
     # --- inside -------------------------------------------------------------------------------------
+
+    def _set_clock(self, unix_offset_ns: int) -> None:
+        self.machine.set_clock(unix_offset_ns)
+        self._driver.wake()
 
     def _on_event(self, event: GossipEvent[PeerId]) -> None:
         match event:

@@ -8,11 +8,12 @@ decides itself (node/shards/orders.py); nothing is kept here, and an order that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import structlog
 
-from node.overlay.driver import monotonic_now
+from node.overlay.clock import monotonic_now
 from node.peers import Peers
 from node.rpc import CallFailed, PeerUnreachable, Refused
 from protocol.codec import excerpt
@@ -53,10 +54,10 @@ _log = structlog.get_logger("coordinator")
 class OrderRelay:
     """Serves METHOD_RELAY_HOLD; once per peer table."""
 
-    def __init__(self, peers: Peers, machine: Coordinator[PeerId], *, unix_offset_ns: int) -> None:
+    def __init__(self, peers: Peers, machine: Coordinator[PeerId], *, unix_now: Callable[[], UnixNs]) -> None:
         self._peers = peers
         self._machine = machine
-        self._unix_offset_ns = unix_offset_ns
+        self._unix_now = unix_now
         self._meter: Final[RateMeter[PeerId]] = RateMeter(ORDERS_PER_S, ORDER_BURST, MAX_METERED)
         self._under_way = 0
         peers.serve(METHOD_RELAY_HOLD, RELAYED_ORDER, self.relay)
@@ -93,9 +94,8 @@ class OrderRelay:
 
     def _opened(self, peer: PeerId, message: RelayedOrder) -> ShardOrder:
         """Raises Refused."""
-        now = UnixNs(monotonic_now() + self._unix_offset_ns)
         try:
-            opened = open_untrusted(message.envelope, SHARD_ORDER_KIND, SHARD_ORDER, now)
+            opened = open_untrusted(message.envelope, SHARD_ORDER_KIND, SHARD_ORDER, self._unix_now())
         except ProtocolError as error:
             raise Refused("malformed", excerpt(error.detail)) from error
         if opened.issuer != peer:

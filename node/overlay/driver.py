@@ -33,13 +33,14 @@ from dht.wire import DHT_CODEC, METHOD_DHT, WIRE_ANSWERS, Contact, WireMessage, 
 from node.overlay.addresses import Scope, bare, scope_of_remote
 from node.overlay.book import AddressBook
 from node.overlay.cache import OverlayFiles
+from node.overlay.clock import monotonic_now
 from node.overlay.flood import FloodGuard
 from node.p2p import Host
 from node.peers import PeerChanged, PeerDown, PeerEvent, Peers
 from node.rpc import PeerUnreachable
 from protocol.errors import ProtocolError
 from protocol.ids import PeerId
-from protocol.instants import SECOND_NS, Instant
+from protocol.instants import SECOND_NS
 from protocol.machine import Disconnect, Effect, Emit, Input, Ordered, PeerLost, Persist, Received, Send, Woken
 
 #: Messages that wait for one link to come up; a lookup sends one, storing a second.
@@ -126,6 +127,10 @@ class DhtDriver:
     def order(self, command: DhtCommand) -> None:
         """Tell the machine what a user wants."""
         self._drive(Ordered(command))
+
+    def set_clock(self, unix_offset_ns: int) -> None:
+        """Civil time is so far from the machine's clock now."""
+        self.machine.set_clock(unix_offset_ns)
 
     async def ask(self, make: Callable[[int], DhtCommand]) -> Answer:
         """Order what `make(ticket)` says, wait for its end. Cancelled, the machine drops it."""
@@ -361,8 +366,3 @@ class DhtDriver:
 def as_client(message: DhtMessage) -> DhtMessage:
     """The message as if its sender had said that it is a client."""
     return message if message.client else msgspec.structs.replace(message, client=True)
-
-
-def monotonic_now() -> Instant:
-    """The overlay's clock: trio's, which tests can bend."""
-    return Instant(round(trio.current_time() * SECOND_NS))

@@ -9,7 +9,6 @@ async with open_overlay(host, peers, config, identity) as overlay:
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -43,7 +42,8 @@ from node.identity import Identity
 from node.overlay.addresses import Scope, scope_of, widest_scope
 from node.overlay.book import AddressBook
 from node.overlay.cache import OverlayFiles
-from node.overlay.driver import DhtDriver, monotonic_now
+from node.overlay.clock import CivilClock
+from node.overlay.driver import DhtDriver
 from node.overlay.membership import HEAL_S, Membership
 from node.overlay.records import PeerRecord, peer_record_untrusted, seal_peer_record
 from node.p2p import Host, parse_address
@@ -135,6 +135,7 @@ async def open_overlay(
     with plain_errors():
         async with trio.open_nursery() as nursery:
             overlay = Overlay(host, peers, config, identity, nursery)
+            nursery.start_soon(overlay.clock.run)
             nursery.start_soon(overlay.driver.run)
             nursery.start_soon(overlay.membership.run)
             try:
@@ -158,17 +159,18 @@ class Overlay:
         self._identity = identity
         self._orders = trio.Semaphore(MAX_ORDERS)
         self._provided: dict[str, frozenset[int]] = {}
+        self._said_sequence = 0  # of our peer record
         self._reachable = not config.client and bool(host.addresses)
         self.book: Final = AddressBook(host.peer)
         self.own_key: Final = self.book.keys[self.book.me]
         self.dice: Final = Dice(int.from_bytes(secrets.token_bytes(8), "little"), stream=1)
-        self.unix_offset_ns: Final = time.time_ns() - monotonic_now()
+        self.clock: Final = CivilClock()
         machine = DhtMachine(
             self.book.me,
             self.book,
             Dice(self.dice.seed),
             config.policy,
-            unix_offset_ns=self.unix_offset_ns,
+            unix_offset_ns=self.clock.offset_ns,
             client=not self._reachable,
             check=open_record_untrusted,
         )
@@ -176,6 +178,7 @@ class Overlay:
         self.driver: Final = DhtDriver(
             host, peers, book=self.book, machine=machine, files=files, nursery=nursery
         )
+        self.clock.subscribe(self.driver.set_clock)
         self.book.in_use = lambda: self.driver.references() | self.membership.references()
         self.membership: Final = Membership(self, host, peers, files, config.bootstrap)
         self.announce(host.addresses)
@@ -309,6 +312,11 @@ class Overlay:
         """Where we tell others to dial us."""
         return self._peers.introduction.addresses
 
+    @property
+    def unix_offset_ns(self) -> int:
+        """Civil time minus the clock of instants, now; `clock` tells when it changes."""
+        return self.clock.offset_ns
+
     def view(self) -> OverlayView:
         """How things stand."""
         machine, counters = self.driver.machine, self.driver.counters
@@ -332,14 +340,27 @@ class Overlay:
     # --- within the package -------------------------------------------------------------------------
 
     def unix_now(self) -> UnixNs:
-        return UnixNs(monotonic_now() + self.unix_offset_ns)
+        return self.clock.unix_now()
 
     async def publish_self(self) -> int:
         """Put our peer record. At how many peers it lies."""
         hello = self._peers.introduction
         record = PeerRecord(hello.addresses[:8], hello.roles, self.config.region)
-        envelope = seal_peer_record(self._identity.signer, record, self.unix_now())
-        return (await self.put_record(envelope)).copies
+        now = self.unix_now()
+        self._said_sequence = max(self._said_sequence + 1, now)
+        envelope = seal_peer_record(self._identity.signer, record, now, sequence=self._said_sequence)
+        copies = (await self.put_record(envelope)).copies
+        if not copies:
+            await self._learn_own_sequence()
+        return copies
+
+    async def _learn_own_sequence(self) -> None:
+        """Nobody took our record. If others hold one of ours with a higher number (from before our clock was
+        set back), the next has to be above it.
+        """
+        found = await self.get_records(key_of_record(NAMESPACE_PEER, self.peer), quorum=3)
+        held = [envelope.sequence for envelope in found.records if envelope.peer == self.peer]
+        self._said_sequence = max(self._said_sequence, *held) if held else self._said_sequence
 
     def provide_again(self) -> None:
         """After joining: what was told to nobody before is told now."""

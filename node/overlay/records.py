@@ -35,11 +35,16 @@ class PeerRecord(Message, frozen=True, gc=False, omit_defaults=True, tag="peer")
 PEER_RECORD: Final[Codec[PeerRecord]] = Codec(PeerRecord)
 
 
-def seal_peer_record(signer: Signer, record: PeerRecord, unix_now: UnixNs) -> Envelope:
-    """Numbered by the clock, so that a restarted peer's record replaces its earlier one."""
+def seal_peer_record(
+    signer: Signer, record: PeerRecord, unix_now: UnixNs, *, sequence: int | None = None
+) -> Envelope:
+    """Numbered by the clock unless told otherwise, so that a restarted peer's record replaces its earlier
+    one.
+    """
     expires = UnixNs(unix_now + PEER_RECORD_TTL_NS)
     value = encode(record)
-    return seal_record(signer, NAMESPACE_PEER, signer.peer, value, sequence=unix_now, expires_unix_ns=expires)
+    number = unix_now if sequence is None else sequence
+    return seal_record(signer, NAMESPACE_PEER, signer.peer, value, sequence=number, expires_unix_ns=expires)
 
 
 def peer_record_untrusted(body: RecordBody) -> PeerRecord:

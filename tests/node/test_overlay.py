@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from node.overlay.book import AddressBook
 from node.overlay.cache import CachedPeer, OverlayFiles
 from node.overlay.flood import BURST_PER_PEER
 from node.overlay.overlay import Overlay, OverlayConfig, open_overlay
+from node.overlay.records import PeerRecord, seal_peer_record
 from node.p2p import AddressInvalid, Host, open_host
 from node.peers import Peers, PeersConfig, open_peers
 from node.rpc import PeerUnreachable
@@ -28,7 +30,7 @@ from protocol.adverts import Hello
 from protocol.codec import Message
 from protocol.dice import Dice
 from protocol.ids import PeerId
-from protocol.instants import SECOND_NS
+from protocol.instants import SECOND_NS, UnixNs
 
 PATIENCE_S = 90  # a dozen peers in one process, on a machine that may be busy
 
@@ -250,6 +252,38 @@ async def test_a_cancelled_lookup_leaves_nothing_behind(network: Network) -> Non
         while machine.open_operations:
             await trio.sleep(0.01)
     assert one.overlay.driver._waiters == {}
+
+
+async def test_a_computer_that_slept_signs_by_the_new_time(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clock of instants stood still for eight hours; a record holds for four."""
+    nodes = await network.grow(2)
+    monkeypatch.setattr("node.overlay.clock.civil_now", lambda: UnixNs(time.time_ns() + 8 * 3600 * SECOND_NS))
+    awake = await network.add()  # it knows no other time
+    await network.joined(awake)
+    with trio.fail_after(PATIENCE_S):
+        while await awake.overlay.find_peer_record(nodes[0].peer) is None:
+            await nodes[0].overlay.publish_self()
+            await trio.sleep(0.1)
+
+
+async def test_a_record_goes_above_one_from_before_the_clock_was_set_back(network: Network) -> None:
+    nodes = await network.grow(3)
+    one = nodes[1]
+    future = UnixNs(time.time_ns() + 3600 * SECOND_NS)
+    with trio.fail_after(PATIENCE_S):
+        early = seal_peer_record(one.identity.signer, PeerRecord(("/ip4/127.0.0.1/tcp/1",)), future)
+        while (await one.overlay.put_record(early)).copies < 2:
+            await trio.sleep(0.1)
+        one.overlay.withdraw(key_of_record("peer", one.peer))
+        while not await one.overlay.publish_self():
+            await trio.sleep(0.1)
+        while True:
+            record = await nodes[2].overlay.find_peer_record(one.peer)
+            if record is not None and record.addresses == (one.address,):
+                return
+            await trio.sleep(0.1)
 
 
 async def test_bootstrap_addresses_are_checked(network: Network) -> None:

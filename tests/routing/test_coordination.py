@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import msgspec
 import pytest
 
+from protocol.coordination import AdvertPut, AdvertTaken, Follow, IslandsPushed, SeenIsland
 from protocol.dice import Dice
-from protocol.instants import MILLISECOND_NS, SECOND_NS
+from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant, UnixNs
+from protocol.machine import Effect, Received, Send, Woken
 from routing import affiliation, following_events
 from routing.affiliation import (
     Advertise,
@@ -18,6 +21,7 @@ from routing.affiliation import (
     Leave,
     NeedCandidates,
     Parted,
+    TurnedAway,
 )
 from routing.candidates import CoordinatorCandidate
 from routing.coordinator import Coordinator
@@ -349,6 +353,104 @@ def test_a_followed_cargo_that_is_no_longer_wanted_is_left(kit: Any) -> None:
         town.world.kill(n)
     town.world.run(60 * SECOND_NS)
     assert town.world.messages == before  # the gateway has nothing to say
+
+
+# --- clocks and liars ------------------------------------------------------------------------------
+
+
+def test_an_island_whose_clock_is_behind_says_so_and_is_back_when_it_is_set(kit: Any) -> None:
+    """As after a night's sleep: the clock of instants stood still, so what is signed has expired long ago."""
+    town = Town(kit, islands=())
+    world, machine = town.world, town.island(10)
+    machine.set_clock(kit.unix_offset_ns - 8 * 3600 * SECOND_NS)
+    world.add(10, machine)
+    world.order(10, affiliation.FoundCoordinators(town.candidates))
+    world.order(10, Advertise(kit.advert("i10")))
+    world.run(20 * SECOND_NS)
+    assert machine.coordinators == ()
+    refusals = list(world.events(10, TurnedAway))
+    assert {refusal.peer for refusal in refusals} == set(COORDINATORS)
+    assert {(refusal.code, refusal.detail) for refusal in refusals} == {("invalid", "the envelope has expired")}
+    machine.set_clock(kit.unix_offset_ns)
+    world.at(world.now, lambda: world._feed(10, 0, Woken()))
+    assert world.run(2 * SECOND_NS, lambda: set(machine.coordinators) == {1, 2})
+
+
+def test_a_clock_that_is_set_back_takes_nothing_from_anybody(kit: Any) -> None:
+    town = Town(kit, islands=(10,))
+    world = town.world
+    town.machine(1).set_clock(kit.unix_offset_ns + 3600 * SECOND_NS)
+    world.at(world.now, lambda: world._feed(1, 0, Woken()))
+    world.run(30 * SECOND_NS)
+    first = list(world.events(1, SummaryMade))[-1].envelope
+    for n in (1, 10):
+        town.machine(n).set_clock(kit.unix_offset_ns)
+        world.at(world.now, lambda n=n: world._feed(n, 0, Woken()))
+    world.run(SECOND_NS)
+    again = list(world.events(1, SummaryMade))[-1].envelope
+    assert again.sequence > first.sequence  # or others would keep the former one
+    assert again.expires_unix_ns < first.expires_unix_ns
+    world.run(600 * SECOND_NS)  # it moves slowly to what is nearer
+    assert set(town.machine(10).coordinators) == {1, 2}
+
+
+class Liar:
+    """A coordinator that answers what a test wants."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.heard: list[Any] = []
+
+    def receive(self, now: Instant, what: Any) -> list[Effect[int, Any, Any]]:
+        if isinstance(what, Received):
+            self.heard.append(what.message)
+            return [Send(what.peer, message) for message in self.answer(what.message)]
+        return []
+
+    def next_wake(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize("ahead", [None, 1, 3600 * SECOND_NS * 2])
+def test_a_coordinator_that_confirms_other_numbers_costs_a_few_adverts(kit: Any, ahead: int | None) -> None:
+    def confirm(message: Any) -> list[Any]:
+        if not isinstance(message, AdvertPut):
+            return []
+        number = 1 if ahead is None else message.envelope.sequence + ahead
+        return [AdvertTaken(message.call, number)] * 3
+
+    town = Town(kit, islands=())
+    world, liar = town.world, Liar(confirm)
+    world.add(1, liar)
+    world.add(10, town.island(10))
+    world.order(10, affiliation.FoundCoordinators((CoordinatorCandidate(1, 1),)))
+    world.order(10, Advertise(kit.advert("i10")))
+    world.run(20 * SECOND_NS)
+    assert (
+        1 <= len([m for m in liar.heard if isinstance(m, AdvertPut)]) <= 45
+    )  # two a second, as if it were silent
+    assert len(town.world.nodes[10].events) < 50
+
+
+def test_a_liar_is_not_forgiven_because_it_connects_anew(kit: Any) -> None:
+    def forge(message: Any) -> list[Any]:
+        if not isinstance(message, Follow):
+            return []
+        advert = PlainNotary(10).seal_advert(kit.advert(), sequence=1, expires_unix_ns=UnixNs(1 << 62))
+        forged = msgspec.structs.replace(advert, signature=bytes([1]) * 64)
+        return [IslandsPushed(message.call, message.cargo, (SeenIsland(forged),), ())]
+
+    town = Town(kit, islands=())
+    world, liar = town.world, Liar(forge)
+    world.add(1, liar)
+    world.order(GATEWAY, Want(town.cargo))
+    world.run(5 * SECOND_NS)
+    assert len(liar.heard) < 5
+    for _ in range(20):
+        world.order(GATEWAY, following_events.CoordinatorUp(1))
+        world.run(SECOND_NS)
+    assert len(liar.heard) < 5
+    assert town.machine(GATEWAY).coordinators(town.cargo) == (2, 3)
 
 
 def test_same_seed_same_story(kit: Any) -> None:
