@@ -5,7 +5,8 @@ and mends what breaks. What is decided is in `gateway.chain_book`; here are the 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 import structlog
@@ -29,6 +30,7 @@ from protocol.ids import CargoDigest, PeerId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
 from protocol.ring import Chain, Dtype, ShardHeld
 from protocol.work import Work
+from routing.chains.pairs import Pairs, neighbours, parted
 from routing.chains.rebalance import BalancePolicy
 from routing.job_events import Ask, Assignment, Full, NotYet, StageSeen
 from routing.requirements import Outlook, Requirements
@@ -105,6 +107,7 @@ class ChainKeeper:
         self._told: dict[str, object] = {}
         self._names: OrderedDict[PeerId, str] = OrderedDict()
         self._losses: OrderedDict[PeerId, Instant] = OrderedDict()
+        self.pairs: Final = Pairs[PeerId]()
         known.chains = self.book.ready_tps
         peers.subscribe(self._on_peer)
 
@@ -138,16 +141,24 @@ class ChainKeeper:
             else f"the Islands have too little memory for this model together: {short.detail}"
         )
 
-    def measured(self, cargo: CargoDigest, stages: Iterable[StageSeen]) -> None:
+    def measured(self, cargo: CargoDigest, chain: Chain, stages: Sequence[StageSeen]) -> None:
+        """A job was done by these; what their head says of how they worked together."""
+        for a, b in neighbours(chain, stages):
+            self.pairs.worked(self._now(), PeerId(a), PeerId(b))
         self.book.measured(cargo, stages)
 
-    def accused(self, since: Instant, stages: Iterable[StageSeen]) -> None:
-        """A head says that some of these failed. Those of whom it is seen here, too, have failed: their link
-        went down after `since`, or they do not answer now.
+    def accused(
+        self, since: Instant, chain: Chain, stages: Sequence[StageSeen], fresh: AbstractSet[str]
+    ) -> None:
+        """A head says that some of these failed, and of `fresh` for the first time. Those of whom it is seen
+        here, too, have failed: their link went down after `since`, or they do not answer now. Of others only
+        the link from the stage before may have broken: nobody is charged, and these two are kept apart for a
+        while.
         """
-        for stage in stages:
-            if stage.failed:
-                self._nursery.start_soon(self._try, PeerId(stage.peer), since)
+        before = parted(chain, stages)
+        for peer in fresh:
+            by = before.get(peer)
+            self._nursery.start_soon(self._try, PeerId(peer), since, None if by is None else PeerId(by))
 
     def _name(self, peer: PeerId) -> str:
         """Also of one that stood in a chain and is gone."""
@@ -282,14 +293,20 @@ class ChainKeeper:
             if len(self._losses) > MAX_LOSSES:
                 self._losses.popitem(last=False)
 
-    async def _try(self, peer: PeerId, since: Instant) -> None:
-        lost = self._losses.get(peer)
-        gone = lost is not None and lost >= since
-        if not gone and (self._peers.hello(peer) is None or await self._answers(peer)):
-            return  # nothing is seen here of what its head says
+    async def _try(self, peer: PeerId, since: Instant, by: PeerId | None) -> None:
+        if not self._gone(peer, since) and (self._peers.hello(peer) is None or await self._answers(peer)):
+            # Nothing is seen here of what its head says.
+            if by is not None and not self._gone(by, since):
+                self.pairs.broke(self._now(), by, peer)
+                _log.info("stages kept apart", one=self._name(by), other=self._name(peer))
+            return
         self._known.islands.suspect(self._now(), peer)
         self._work.failed(peer, timeout=False)
         _log.warning("stage failed", island=self._name(peer))
+
+    def _gone(self, peer: PeerId, since: Instant) -> bool:
+        lost = self._losses.get(peer)
+        return lost is not None and lost >= since
 
     async def lives(self, peer: PeerId) -> bool:
         """Whether it answers in time, or nothing can be said: no link, or this process itself was stopped."""
@@ -312,6 +329,9 @@ class ChainKeeper:
 
     def _rtt_ns(self, a: PeerId, b: PeerId) -> int | None:
         """Between two Islands, or an Island and this gateway."""
+        return self.pairs.rtt_ns(self._now(), a, b, self._estimate_ns(a, b))
+
+    def _estimate_ns(self, a: PeerId, b: PeerId) -> int | None:
         if self._me in (a, b):
             other = b if a == self._me else a
             measured = self._peers.rtt_ns(other)

@@ -387,7 +387,7 @@ class MeshJob:
                     stages=[self._mesh.name_of(PeerId(stage.peer)) for stage in broken.stages],
                     reason=broken.reason,
                 )
-                self._accuse(broken.stages)
+                self._accuse(broken.chain, broken.stages)
                 self._without_island_since = self._mesh.now()
             case JobCompleted():
                 self._show_placed()
@@ -407,8 +407,8 @@ class MeshJob:
             self._measure_prefill(event.peer, usage)
             work.done(event.peer, self._cargo, self._work, usage, self._tokens)
         else:
-            self._mesh.chains.measured(self._cargo, stages)
-            self._accuse(stages)
+            self._mesh.chains.measured(self._cargo, chain, stages)
+            self._accuse(chain, stages)
             work.done_by_chain(chain, stages, self._work, usage, self._tokens)
         _log.info(
             "job completed",
@@ -424,11 +424,11 @@ class MeshJob:
         final = self._mesh.chains.stages_of(chain, stages)
         self._put(Completed(finish, event.tail, usage, event.hand_overs, name, final, lost))
 
-    def _accuse(self, stages: Sequence[StageSeen]) -> None:
+    def _accuse(self, chain: Chain, stages: Sequence[StageSeen]) -> None:
         """Each stage at most once for this job, however often its heads name it."""
-        fresh = [stage for stage in stages if stage.failed and stage.peer not in self._accused]
-        self._accused.update(stage.peer for stage in fresh)
-        self._mesh.chains.accused(self._placed_at, fresh)
+        fresh = {stage.peer for stage in stages if stage.failed} - self._accused
+        self._accused |= fresh
+        self._mesh.chains.accused(self._placed_at, chain, stages, fresh)
 
     def _measure_prefill(self, peer: PeerId, usage: Usage) -> None:
         """How fast the prompt was read: acceptance to first token. If it waited there, we can not tell."""

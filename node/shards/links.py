@@ -12,9 +12,8 @@ one; each side reads the old one to its end first, so that nothing is lost or tu
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import msgspec
@@ -24,29 +23,24 @@ import trio
 from node.p2p import Host, PeerDirect, Stream, StreamBroken, Unreachable
 from node.p2p.host_events import HostEvent
 from node.rpc import PeerUnreachable
+from node.shards.link import Link, Watched
 from node.streams import MessageStream
-from protocol.codec import Codec, Message
 from protocol.errors import ProtocolError
 from protocol.ids import PeerId
-from protocol.limits import KIB, MIB
+from protocol.limits import MIB
 from protocol.ring import (
     FROM_STAGE,
     RING_PROTOCOL,
     TO_STAGE,
     FromStage,
-    RingFeed,
     RingOpen,
     RingPing,
-    RingPong,
     ToStage,
 )
 
 #: What one link may leave unsent. A replacement is fed the whole log of a session at once: 8192 tokens of a
 #: 70B model in 16 bit are 128 MiB.
 MAX_OUTBOX_BYTES: Final = 256 * MIB
-
-#: What a message without rows counts for in the outbox, and each one besides its payload.
-_MESSAGE_BYTES: Final = KIB
 
 #: Links that we open. A stage feeds one peer per session, and slots are few.
 MAX_DOWNSTREAMS: Final = 64
@@ -79,9 +73,6 @@ _BROKEN_LOOK_S: Final = 0.2
 #: Bytes of a message that is not complete yet are as good as a ping after this long: on a slow line a large
 #: one takes seconds, and pings wait behind it.
 _PROGRESS_S: Final = 0.2
-
-#: Larger messages never fit one frame.
-_SMALL_BYTES: Final = 60_000
 
 #: A link that moves has this long to bring what is still on its old way.
 _MOVE_S: Final = 10.0
@@ -119,139 +110,6 @@ class LinkCounters:
     dropped: int = 0
 
 
-def weight_of(message: Message) -> int:
-    """What a message counts for in an outbox, in bytes."""
-    return _MESSAGE_BYTES + (len(message.payload) if isinstance(message, RingFeed) else 0)
-
-
-class _Watched:
-    """A stream that tells when bytes came that complete no message. `partial`: bytes since one was complete."""
-
-    def __init__(self, stream: Stream, told: Callable[[], None]) -> None:
-        self.partial = 0
-        self._stream = stream
-        self._told = told
-        self.send_nowait: Final = stream.send_nowait
-        self.send_all: Final = stream.send_all
-        self.send_eof: Final = stream.send_eof
-        self.aclose: Final = stream.aclose
-        self.reset: Final = stream.reset
-
-    @property
-    def peer(self) -> PeerId:
-        return self._stream.peer
-
-    async def receive_some(self, max_bytes: int = 65536) -> bytes:
-        if self.partial:
-            self._told()
-        data = await self._stream.receive_some(max_bytes)
-        self.partial += len(data)
-        return data
-
-
-@dataclass(slots=True, eq=False)
-class _Link:
-    """Either direction. `stream` is missing while it is being opened."""
-
-    peer: PeerId
-    codec: Codec[ToStage] | Codec[FromStage]
-    stream: Stream | None = None
-    outbox: deque[ToStage | FromStage] = field(default_factory=deque[ToStage | FromStage])
-    queued_bytes: int = 0
-    sending: bool = False
-    wanted: trio.Event = field(default_factory=trio.Event)
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    heard_at: float = field(default_factory=trio.current_time)
-    whole_at: float = field(default_factory=trio.current_time)
-    used_at: float = field(default_factory=trio.current_time)
-    since: float = field(default_factory=trio.current_time)
-    reason: str = ""
-    watched: _Watched | None = None
-    better: Stream | None = None
-    """Where it goes on after the message that is being sent."""
-    finishing: bool = False
-    emptied: trio.Event = field(default_factory=trio.Event)
-    """All that came on it has been taken."""
-
-    @property
-    def partial(self) -> int:
-        """Bytes of a message that has come in part."""
-        return 0 if self.watched is None else self.watched.partial
-
-    def put(self, message: ToStage | FromStage) -> bool:
-        """Send it now or later. False: too much is lying here already."""
-        self.used_at = trio.current_time()
-        if self.stream is not None and not self.outbox and not self.sending:
-            weight = weight_of(message)
-            if weight < _SMALL_BYTES:
-                try:
-                    if self.stream.send_nowait(self._frame(message)):
-                        return True
-                except StreamBroken:
-                    return True  # whoever reads the link says so
-        if isinstance(message, RingPing | RingPong):
-            self.outbox.appendleft(message)  # what asks whether we live does not wait behind bulk
-        else:
-            self.outbox.append(message)
-        self.queued_bytes += weight_of(message)
-        self.wanted.set()
-        return self.queued_bytes <= MAX_OUTBOX_BYTES
-
-    def end(self, reason: str) -> None:
-        """Close it at once."""
-        self.reason = self.reason or reason
-        self.scope.cancel()
-        for stream in (self.stream, self.better):
-            if stream is not None:
-                stream.reset()
-        self.outbox.clear()
-        self.emptied.set()
-
-    @property
-    def is_relayed(self) -> bool:
-        """It goes through a relay, and has nowhere better to go yet."""
-        return self.better is None and self.stream is not None and self.stream.path.relay is not None
-
-    def finish(self) -> None:
-        """Send what lies here, then say that there is no more."""
-        self.finishing = True
-        self.wanted.set()
-
-    def move(self, stream: Stream) -> None:
-        """Go on with this one."""
-        self.better = stream
-        self.wanted.set()
-
-    async def write(self) -> None:
-        """Send what lies in the outbox, until cancelled, broken, or finished."""
-        assert self.stream is not None  # noqa: S101 - it is written to once it is open
-        while True:
-            if self.better is not None:
-                self.sending = True  # what is said meanwhile waits
-                try:
-                    await self.stream.send_eof()
-                finally:
-                    self.sending = False
-                self.stream, self.better = self.better, None
-            while self.outbox and self.better is None:
-                message = self.outbox.popleft()
-                self.queued_bytes -= weight_of(message)
-                self.sending = True
-                try:
-                    await self.stream.send_all(self._frame(message))
-                finally:
-                    self.sending = False
-            if self.finishing:
-                await self.stream.send_eof()
-                return
-            if self.better is None:
-                self.wanted = trio.Event()
-                await self.wanted.wait()
-
-    def _frame(self, message: ToStage | FromStage) -> bytes:
-        return self.codec.encode_frame(message)  # type: ignore[arg-type]
-
-
 class RingLinks:
     """All links of this node. `nursery`: where they live."""
 
@@ -263,8 +121,8 @@ class RingLinks:
         self._nursery = nursery
         self._user = user
         self._reach = reach
-        self._down: dict[PeerId, _Link] = {}
-        self._up: dict[PeerId, _Link] = {}
+        self._down: dict[PeerId, Link] = {}
+        self._up: dict[PeerId, Link] = {}
         self._room = trio.lowlevel.ParkingLot()
         self._warming: set[PeerId] = set()
         self._closed = False
@@ -297,7 +155,7 @@ class RingLinks:
                 return
         elif isinstance(message, RingOpen):
             self._warm(message)
-        if not link.put(message):
+        if link.put(message) > MAX_OUTBOX_BYTES:
             self._overflow(link, self._down)
 
     def send_from_stage(self, peer: PeerId, message: FromStage) -> None:
@@ -305,7 +163,7 @@ class RingLinks:
         link = self._up.get(peer)
         if link is None:
             self.counters.dropped += 1
-        elif not link.put(message):
+        elif link.put(message) > MAX_OUTBOX_BYTES:
             self._overflow(link, self._up)
 
     def drop(self, peer: PeerId, reason: str) -> None:
@@ -334,10 +192,10 @@ class RingLinks:
 
     # --- out ------------------------------------------------------------------------------------------
 
-    def _open(self, peer: PeerId, message: RingOpen) -> _Link | None:
+    def _open(self, peer: PeerId, message: RingOpen) -> Link | None:
         if len(self._down) >= MAX_DOWNSTREAMS:
             return None
-        link = self._down[peer] = _Link(peer, TO_STAGE)
+        link = self._down[peer] = Link(peer, TO_STAGE)
         stages = message.chain.stages
         holders = [h for stage in stages for h in (stage.holder, *stage.spares) if h.peer == peer]
         addresses = tuple(dict.fromkeys(address for holder in holders for address in holder.addresses))
@@ -367,7 +225,7 @@ class RingLinks:
         if not self._closed and peer not in self._down:
             self._user.downstream_lost(peer, f"{MAX_DOWNSTREAMS} links are open, as many as are allowed")
 
-    async def _feed(self, link: _Link, addresses: tuple[str, ...]) -> None:
+    async def _feed(self, link: Link, addresses: tuple[str, ...]) -> None:
         """The life of a link that we opened."""
         reason = "closed by the peer"
         with link.scope:
@@ -408,12 +266,12 @@ class RingLinks:
         if isinstance(event, PeerDirect) and (link := self._down.get(event.peer)) is not None:
             self._consider_move(link)
 
-    def _consider_move(self, link: _Link) -> None:
+    def _consider_move(self, link: Link) -> None:
         direct = any(path.relay is None for path in self._host.paths(link.peer))
         if direct and link.is_relayed and not self._closed:
             self._nursery.start_soon(self._move, link)
 
-    async def _move(self, link: _Link) -> None:
+    async def _move(self, link: Link) -> None:
         """From a relay to the direct way, if that serves; else it stays as it is."""
         try:
             with trio.fail_after(OPEN_S):
@@ -435,8 +293,8 @@ class RingLinks:
             self.counters.refused += 1
             stream.reset()
             return
-        link = _Link(stream.peer, FROM_STAGE, stream)
-        watched = link.watched = _Watched(stream, lambda: self._progress(link))
+        link = Link(stream.peer, FROM_STAGE, stream)
+        watched = link.watched = Watched(stream, lambda: self._progress(link))
         before = self._up.get(stream.peer)
         self._up[stream.peer] = link
         self.counters.accepted += 1
@@ -456,7 +314,7 @@ class RingLinks:
             if not self._closed:
                 self._user.upstream_lost(link.peer)
 
-    async def _succeed(self, before: _Link | None, stream: Stream) -> None:
+    async def _succeed(self, before: Link | None, stream: Stream) -> None:
         """Whoever lost the link before this one knows; the sessions on it go on. If it moved here, what is on
         its old way comes first.
         """
@@ -472,7 +330,7 @@ class RingLinks:
             before.end("replaced by a newer link")
             raise
 
-    def _progress(self, link: _Link) -> None:
+    def _progress(self, link: Link) -> None:
         if sum(each.partial for each in self._up.values()) > MAX_PARTIAL_BYTES:
             slowest = min(self._up.values(), key=lambda each: (not each.partial, each.whole_at))
             slowest.end("too much that came in part lies here, and its was begun first")
@@ -500,9 +358,9 @@ class RingLinks:
 
     async def _run(
         self,
-        link: _Link,
+        link: Link,
         messages: MessageStream[ToStage, FromStage] | MessageStream[FromStage, ToStage],
-        watched: _Watched | None,
+        watched: Watched | None,
     ) -> None:
         """Both directions of an open link, until it ends. Raises StreamBroken, ProtocolError.
 
@@ -540,9 +398,9 @@ class RingLinks:
 
     async def _read(
         self,
-        link: _Link,
+        link: Link,
         messages: MessageStream[ToStage, FromStage] | MessageStream[FromStage, ToStage],
-        watched: _Watched | None,
+        watched: Watched | None,
     ) -> None:
         while (message := await messages.receive()) is not None:
             link.heard_at = link.whole_at = trio.current_time()
@@ -552,19 +410,19 @@ class RingLinks:
                 if not isinstance(message, RingPing):
                     await self._wait_for_room(link)
 
-    async def _wait_for_room(self, link: _Link) -> None:
+    async def _wait_for_room(self, link: Link) -> None:
         while not self._user.has_room():
             if link.stream is not None and link.stream.broken is not None:
                 raise StreamBroken(link.stream.broken)
             with trio.move_on_after(_BROKEN_LOOK_S):
                 await self._room.park()
 
-    def _overflow(self, link: _Link, group: dict[PeerId, _Link]) -> None:
+    def _overflow(self, link: Link, group: dict[PeerId, Link]) -> None:
         """It does not take what it is sent. Its task tells, so that nobody is told while he is sending."""
         self.counters.overflowed += 1
         if group.get(link.peer) is link:
             link.end(f"{MAX_OUTBOX_BYTES // MIB} MiB lie unsent")
 
-    def _lost(self, link: _Link) -> None:
+    def _lost(self, link: Link) -> None:
         self.counters.lost += 1
         _log.debug("link lost", peer=link.peer, reason=link.reason)
