@@ -20,6 +20,7 @@ from node.p2p.addresses import Address, addresses_of, parse_peer_address
 from node.p2p.bulk import BulkConnections, open_agreed
 from node.p2p.errors import ChannelBroken, Unreachable
 from node.p2p.handlers import Handler, Handlers
+from node.p2p.handshakes import Handshakes
 from node.p2p.host_events import (
     AddressesChanged,
     HostEvent,
@@ -35,11 +36,13 @@ from node.p2p.relay_dial import PathFilter, is_direct, is_from_listener, is_rela
 from node.p2p.sockets import (
     Endpoint,
     PortBusy,
+    allow_descriptors,
     dial,
     endpoint_of,
     explain,
     leaves,
     open_listeners,
+    remote_host,
     source_for,
 )
 from node.p2p.stream import Counters, Stream, UnreadBudget
@@ -52,6 +55,9 @@ _log = structlog.get_logger("p2p")
 
 #: How often a connection that shall end is looked at.
 _IDLE_S: Final = 1.0
+
+#: Files and sockets of a process besides its connections: models, databases, HTTP, pipes.
+_OTHER_DESCRIPTORS: Final = 512
 
 #: Peers whose word on our own address is remembered.
 _MAX_OBSERVERS: Final = 64
@@ -68,6 +74,7 @@ async def open_host(
 
     Raises ListenFailed (address in use, ...) or AddressInvalid.
     """
+    limits = _within_descriptors(limits)
     listeners = await open_listeners(listen)
     endpoints = tuple(map(endpoint_of, listeners))
     addresses = tuple(text for endpoint in endpoints for text in addresses_of(endpoint, identity.peer))
@@ -91,6 +98,22 @@ async def open_host(
                         await listener.aclose()
                     await host.shut_down()
                 connections.cancel_scope.cancel()
+
+
+def _within_descriptors(limits: HostLimits) -> HostLimits:
+    """As many connections as there may be descriptors for, beside those that others in this process need."""
+    spare = 2 * limits.max_handshakes + _OTHER_DESCRIPTORS
+    allowed = allow_descriptors(limits.max_connections + spare)
+    most = max(allowed - spare, allowed // 4)
+    if most >= limits.max_connections:
+        return limits
+    _log.warning(
+        "few open files are allowed",
+        allowed=allowed,
+        connections=most,
+        remedy="raise the hard limit (ulimit -Hn, LimitNOFILE) if this node shall serve many peers",
+    )
+    return replace(limits, max_connections=most)
 
 
 @contextmanager
@@ -141,7 +164,7 @@ class Host:
         self._punches: dict[str, PeerId] = {}
         self._dials: dict[PeerId, trio.Lock] = {}
         self._bulk = BulkConnections(self, limits)
-        self._handshakes = trio.CapacityLimiter(limits.max_handshakes)
+        self._handshakes = Handshakes(limits.max_handshakes)
         self._subscribers: list[Callable[[HostEvent], None]] = []
 
     # --- for users ------------------------------------------------------------------------------
@@ -162,6 +185,11 @@ class Host:
         """
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
+
+    @property
+    def limits(self) -> HostLimits:
+        """What it holds at most."""
+        return self._limits
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -404,7 +432,7 @@ class Host:
     async def accept(self, stream: trio.SocketStream) -> None:
         """One inbound connection. The outermost task boundary for what strangers send."""
         try:
-            async with self._handshakes:
+            async with self._handshakes.place(remote_host(stream)):
                 transport = SocketTransport(stream)
                 punched = self._punches.get(transport.remote)
                 if punched is not None:

@@ -36,8 +36,8 @@ class HostLimits:
     """Each costs a plain connection plus a stream, and its bytes are sealed twice."""
 
     max_handshakes: int = 128
-    """Inbound connections that have not proved who they are. Each costs a few ms of CPU; more wait in the
-    kernel's accept queue."""
+    """Inbound connections that have not proved who they are. Each costs a few ms of CPU; as many more wait, the
+    rest is refused (node/p2p/handshakes.py says who)."""
 
     handshake_s: float = 10.0
     """TCP, noise and muxer negotiation: six round trips, 3 s on a satellite link with losses."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import resource
 import socket
 from collections.abc import Generator, Sequence
 from typing import Final, TypeAlias, cast
@@ -47,9 +48,33 @@ async def open_listeners(listen: Sequence[str]) -> list[trio.SocketListener]:
     return listeners
 
 
+def allow_descriptors(wanted: int) -> int:
+    """Have the system let this process open so many files and sockets, as far as it does. What it allows now.
+
+    The usual limit of a login is 1024: without more, connections would take what models and databases need.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (OSError, ValueError):  # some systems have lower limits than they say
+        return soft
+    return allowed
+
+
 def endpoint_of(listener: trio.SocketListener) -> Endpoint:
     """Where it is bound."""
     return cast("Endpoint", listener.socket.getsockname()[:2])
+
+
+def remote_host(stream: trio.SocketStream) -> str:
+    """The IP address at the other end; empty if it has gone."""
+    try:
+        return str(stream.socket.getpeername()[0])
+    except OSError:
+        return ""
 
 
 class PortBusy(Exception):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import trio
 
@@ -15,8 +19,10 @@ from node.p2p import (
     Unreachable,
     open_host,
 )
+from node.p2p.relay_dial import is_from_listener
 
 PATIENCE_S = 30
+ROOT = Path(__file__).parents[2]
 
 
 async def test_events_come_once_per_peer(until) -> None:
@@ -103,10 +109,48 @@ async def test_strangers_who_send_anything_are_sent_away(until) -> None:
 async def test_handshakes_of_strangers_are_bounded_and_do_not_block_for_ever() -> None:
     async with open_host(new_identity(), limits=HostLimits(max_handshakes=2, handshake_s=0.3)) as host:
         port = int(host.addresses[0].split("/")[4])
-        silent = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(4)]
+        silent = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(3)]
         async with open_host(new_identity()) as other:
             with trio.fail_after(PATIENCE_S):
                 await other.connect(host.addresses[0])  # waits for its turn
+        for stream in silent:
+            await stream.aclose()
+
+
+def test_connections_leave_descriptors_for_others() -> None:
+    """A process that may open 300 files: no more than a quarter of them are connections."""
+    program = (
+        "import resource, trio\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300))\n"
+        "from node.identity import new_identity\n"
+        "from node.p2p import open_host\n"
+        "async def main():\n"
+        "    async with open_host(new_identity()) as host:\n"
+        "        print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], host.limits.max_connections)\n"
+        "trio.run(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1] == "300 75"
+    assert "few open files are allowed" in done.stdout + done.stderr
+
+
+async def test_strangers_who_say_nothing_keep_nobody_out(until) -> None:
+    """Two hundred of them, for places that they may have for a minute: who holds most is the first to give."""
+    async with open_host(new_identity(), limits=HostLimits(max_handshakes=4, handshake_s=60)) as host:
+        port = int(host.addresses[0].split("/")[4])
+        silent = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(200)]
+        await until(lambda: host.counters.connections_refused >= 192)  # four have a place, four wait
+        async with open_host(new_identity(), ("/ip4/127.0.0.2/tcp/0",)) as other:
+            with trio.fail_after(30):
+                while True:
+                    try:
+                        await other.connect(host.addresses[0], over=is_from_listener)
+                        break
+                    except Unreachable:
+                        await trio.sleep(0.05)
+            assert other.connected() == (host.peer,)
         for stream in silent:
             await stream.aclose()
 
