@@ -425,11 +425,27 @@ class ChainBook:
         )
 
     def _idle_bytes(self, now: Instant, peer: PeerId, digest: str) -> int:
-        """Not of a Cargo that has a chain and that jobs want here, too."""
+        """Not a stage of a chain that jobs want here, too."""
         island = self._islands.get(peer)
-        if island is None:
-            return 0
-        return idle_bytes(island, digest, lambda d: self.is_asked(now, d) and self.layout(d) is not None)
+
+        def stays(other: str) -> bool:
+            layout = self.layout(other)
+            return (
+                layout is not None
+                and self.is_asked(now, other)
+                and any(stage == peer for stage, *_ in layout.stages)
+            )
+
+        return 0 if island is None else idle_bytes(island, digest, stays)
+
+    def _spares(self, digest: str) -> int:
+        """None while another Cargo's chain is still to be planned: chains come before spares."""
+        undecided = any(
+            other.layout is None and other.shortage is None and self._sharding_of(name) is not None
+            for name, other in self._cargos.items()
+            if name != digest
+        )
+        return 0 if undecided else SPARES
 
     def _plan(
         self, now: Instant, digest: str, cargo: _Cargo, sharding: Sharding, offers: Sequence[Offer]
@@ -441,7 +457,10 @@ class ChainBook:
             for island, offered in offers
             if (shard := offered.shard) is not None and offered.state == "ready"
         }
+        spares, elsewhere = self._spares(digest), elsewhere_mib(offers)
         basis = (
+            spares,
+            elsewhere,
             tuple((h.peer, h.first, h.last) for h in held),
             tuple((room.peer, room.room_bytes) for room in rooms),
             tuple((room.peer, room.room_bytes) for room in wider),
@@ -453,9 +472,9 @@ class ChainBook:
         cargo.basis = basis
         shape = cargo.shape = middle_shape(sharding, offers)
         displacing = False
-        found = allocate(shape, rooms, held, self._rtt_of, spares=SPARES)
+        found = allocate(shape, rooms, held, self._rtt_of, spares=spares)
         if isinstance(found, NoAllocation):
-            found = self._anew(cargo, shape, offers, held, rooms, spares=SPARES)
+            found = self._anew(cargo, shape, offers, held, rooms, spares=spares)
         if isinstance(found, NoAllocation) and wider:
             displacing = True
             found = allocate(shape, wider, held, self._rtt_of, spares=0)
@@ -464,7 +483,7 @@ class ChainBook:
         was_ready = cargo.ready
         if isinstance(found, NoAllocation):
             cargo.ready, cargo.layout = False, None
-            cargo.shortage = shortage_of(shape, [room_bytes(o) for _, o in offers], elsewhere_mib(offers))
+            cargo.shortage = shortage_of(shape, [room_bytes(o) for _, o in offers], elsewhere)
             waiting = any(r.until > now and r.times <= PATIENT_REFUSALS for r in cargo.refused.values())
             cargo.progress = NotYet(0, sharding.layers) if waiting else None
             return Stepped(wake=wake)
