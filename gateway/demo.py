@@ -66,6 +66,8 @@ SMALL_SEQUENCES: Final = ("shards.slots=2", "shards.context_length=2048")
 SETTLED_S: Final = 8.0
 #: Loading a Cargo on a busy two-core machine takes seconds; minutes mean that something is wrong.
 READY_TIMEOUT_S: Final = 180
+#: What a child said before it ended is read within this time, unless its own children still hold the pipe.
+LAST_WORDS_S: Final = 1
 #: How long a child may take to end before it is killed.
 STOP_S: Final = 5
 #: The Islands are asked this often, and the screen is drawn this often while something moves.
@@ -141,6 +143,7 @@ class Demo:
         self._no_chain: NoChainShown | None = None
         self._connection = connection_path(os.environ)
         self._short_since = 0.0
+        self._is_ready = False
         self.question_failed = False
 
     async def run(self) -> None:
@@ -229,6 +232,7 @@ class Demo:
             nursery.start_soon(self._drain, island)
         nursery.start_soon(self._drain, gateway)
         await self._wait_ready()
+        self._is_ready = True
         for line in () if self._chain is None else self._chain.lines():
             self._say(line)
         self._say(f"ready {self._url} key {self._key}")
@@ -287,6 +291,8 @@ class Demo:
             return True
         for child in self._children[1:]:
             if child.fate is not None:
+                with trio.move_on_after(LAST_WORDS_S):
+                    await child.read.wait()
                 raise DemoFailed(f"{child.label} was not ready yet and {child.fate}\n{last_words(child)}")
             try:
                 snapshot = await ask_status(child.data_dir)
@@ -366,7 +372,11 @@ class Demo:
         await child.process.wait()
         if child.stopping:
             return
+        with trio.move_on_after(LAST_WORDS_S):
+            await child.read.wait()
         if child.label != "gateway":
+            if not self._is_ready:
+                return  # `_wait_ready` ends the demo, with the reason
             self._say(f"{child.label} {child.fate}", style="red")
             if (child.process.returncode or 0) > 0:  # not killed: it says why
                 self._say(terminal_safe(last_words(child)), style="red")
@@ -389,6 +399,7 @@ class Demo:
                     self._take_chain(chain)
                 if (told := told_untrusted(child.label, text, self._tally)) is not None:
                     self._say(terminal_safe(told[0]), style=told[1])
+        child.read.set()
 
     def _take_chain(self, chain: ChainShown | NoChainShown) -> None:
         """Before the demo is ready, its end is waited for; after, changes are told at once."""
@@ -435,10 +446,12 @@ class Demo:
     async def _stop_on_signal(
         self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
             task_status.started()
             impatient = False
-            async for _ in signals:
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    _to_nowhere()  # the terminal is gone, and our folder should go, too
                 if not impatient:
                     self._say("\nstopping")
                     scope.cancel()
@@ -470,6 +483,14 @@ class Demo:
 
     def _say(self, text: str, *, style: str = "") -> None:
         self._screen.line(text, style=style)
+
+
+def _to_nowhere() -> None:
+    """From here on, what is printed goes nowhere: a terminal that was closed fails each write."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _assignments(texts: list[str]) -> list[str]:

@@ -29,6 +29,9 @@ class Child:
     process: trio.Process
     data_dir: Path
     last_lines: deque[str] = field(default_factory=lambda: deque[str](maxlen=LAST_LINES))
+    read: trio.Event = field(default_factory=trio.Event)
+    """All that it wrote to its log was read: it has ended."""
+
     stopping: bool = False
     tokens: int = 0
     asked: float = 0.0

@@ -52,7 +52,7 @@ def own_runtime_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 class OnTerminal:
     """A demo on a narrow terminal, and every byte that it wrote there."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, **environment: str) -> None:
         self.master, slave = pty.openpty()
         ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
         self.process = subprocess.Popen(
@@ -61,7 +61,7 @@ class OnTerminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "", "LINES": ""},
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "", "LINES": "", **environment},
         )
         self.slave = slave
         self.output = b""
@@ -192,6 +192,7 @@ def test_children_do_not_outlive_a_killed_demo(program_class: Any) -> None:
         (["--islands", "0"], "--islands must be between"),
         (["--cargo", "smolm2-135m"], "Did you mean 'smollm2-135m'"),
         (["--set-gateway", "jobs.nonsense=1"], "there is no setting"),
+        (["--set-island", "engine.threds=1"], "did you mean 'engine.threads'"),
     ],
 )
 def test_bad_input_is_one_clear_error(program_class: Any, flags: list[str], said: str) -> None:
@@ -202,3 +203,25 @@ def test_bad_input_is_one_clear_error(program_class: Any, flags: list[str], said
     finally:
         demo.kill()
     assert not any("Traceback" in line for line in demo.lines)
+    assert not any("no Island is left" in line for line in demo.lines)  # its end is told once
+
+
+def test_a_terminal_that_is_closed_leaves_nothing(own_runtime_dir: Path, tmp_path: Path) -> None:
+    """No process, no folder, no file for `archi chat`."""
+    folders = tmp_path / "folders"
+    folders.mkdir()
+    demo = OnTerminal("--islands", "1", "--no-question", TMPDIR=str(folders))
+    try:
+        demo.read_until(b"Ctrl-C stops all")
+        pids = [int(pid) for pid in re.findall(rb" pid (\d+)\r", demo.output)]
+        assert len(pids) == 2
+        assert len(list(folders.iterdir())) == 1
+        demo.process.send_signal(signal.SIGHUP)
+        os.close(demo.master)
+        demo.master = os.open(os.devnull, os.O_RDONLY)
+        demo.process.wait(30)
+        assert wait_gone(pids) == []
+        assert not list(folders.iterdir())
+        assert not own_runtime_dir.exists()
+    finally:
+        demo.close()
