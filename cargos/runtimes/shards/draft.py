@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 #: Tokens that must have been the same before, to take what followed: the longest of 4, 3, 2, 1. Longer ones
 #: hardly find a better place; how far the agreement goes back (up to MAX_MATCH) says how sure the guess is.
@@ -47,6 +47,10 @@ _FIRST: Final = 0.5
 
 #: So many answers "none" in a row, then one draft is tried: text changes. Costs a row in 64 steps.
 _PROBE_AFTER: Final = 64
+
+#: Where drafts cost work before they are sent, none is tried on the off-chance: what was seen of earlier ones
+#: fades with each step without instead, by half in 70, so that bad luck is not for ever.
+_FADE: Final = 0.99
 
 
 class _Grams:
@@ -163,6 +167,46 @@ class Drafter:
         return next(filter(None, (grams.earlier() for grams in self._grams)), 0)
 
 
+#: What drafts take of the ring, ns: for each of them, or for 1, 2, ... MAX_DRAFT of them together.
+RowTimes: TypeAlias = int | Sequence[int]
+
+
+def _times(row_ns: RowTimes) -> Sequence[int]:
+    return [n * row_ns for n in range(1, MAX_DRAFT + 1)] if isinstance(row_ns, int) else row_ns
+
+
+class RowCosts:
+    """What 1, 2, ... rows behind a token take of a traversal, as it was measured. For all sessions of a head.
+
+    It is no straight line: with the second row other kernels may come in, which cost as much as ten rows more.
+    What was not measured is the cost of one row less, and an estimate for the row.
+    """
+
+    __slots__ = ("_seen", "_sums")
+
+    def __init__(self) -> None:
+        self._sums = [0.0] * MAX_DRAFT
+        self._seen = [0.0] * MAX_DRAFT
+
+    def note(self, drafts: int, took_ns: int) -> None:
+        """A traversal with so many drafts took so much longer than one without. Raises ValueError if there can
+        not be so many.
+        """
+        if not 1 <= drafts <= MAX_DRAFT:
+            raise ValueError(f"{drafts} drafts")
+        self._sums[drafts - 1] = self._sums[drafts - 1] * _KEEP + max(0, took_ns)
+        self._seen[drafts - 1] = self._seen[drafts - 1] * _KEEP + 1
+
+    def times(self, row_ns: int) -> list[int]:
+        """For 1, 2, ... MAX_DRAFT drafts. `row_ns`: the estimate for a row."""
+        found: list[int] = []
+        rows_ns = 0.0
+        for summed, seen in zip(self._sums, self._seen, strict=True):
+            rows_ns = max(rows_ns, (summed + _TRUST * (rows_ns + row_ns)) / (seen + _TRUST))
+            found.append(round(rows_ns))
+        return found
+
+
 class DraftPolicy:
     """How many drafts to send, from what became of earlier ones and from what they cost.
 
@@ -172,37 +216,45 @@ class DraftPolicy:
     1 + a + ab + abc + ... tokens (k products) in trip + k row; the k with most tokens a second is chosen.
     """
 
-    __slots__ = ("_hits", "_seen", "_silent")
+    __slots__ = ("_hits", "_probes", "_seen", "_silent")
 
-    def __init__(self) -> None:
+    def __init__(self, *, probes: bool = True) -> None:
+        """`probes`: now and then a draft is tried where none seems to pay."""
         depths = MAX_MATCH + MAX_DRAFT
         self._hits = [0.0] * depths
         self._seen = [0.0] * depths
+        self._probes = probes
         self._silent = 0
 
-    def length(self, trip_ns: int, row_ns: int, *, match: int = 0) -> int:
+    def length(self, trip_ns: int, row_ns: RowTimes, *, match: int = 0) -> int:
         """How many drafts to send, 0 to MAX_DRAFT.
 
         `trip_ns`: one traversal with one row, computing included; 0: unknown, no drafts. `row_ns`: what one
-        row more takes of the whole ring, times the sessions that share it (they all wait for it).
+        row more takes of the whole ring, times the sessions that share it (they all wait for it); or what
+        1, 2, ... MAX_DRAFT rows take together.
         """
         length, _ = self.weigh(trip_ns, row_ns, match=match)
         self._silent = 0 if length else self._silent + 1
-        if self._silent > _PROBE_AFTER and 0 <= row_ns < trip_ns:  # else not even a sure one would pay
+        if self._silent and not self._probes:
+            for table in (self._hits, self._seen):
+                table[:] = [count * _FADE for count in table]
+        elif self._silent > _PROBE_AFTER and 0 <= _times(row_ns)[0] < trip_ns:  # else not even a sure one pays
             self._silent = 0
             return 1
         return length
 
-    def weigh(self, trip_ns: int, row_ns: int, *, match: int = 0) -> tuple[int, float]:
+    def weigh(self, trip_ns: int, row_ns: RowTimes, *, match: int = 0) -> tuple[int, float]:
         """(the length that pays best, the tokens that it is expected to bring per nanosecond)."""
         if trip_ns <= 0:
             return 0, 0.0
         best, best_rate = 0, 1 / trip_ns
         expected = reached = 1.0
-        for drafts, chance in enumerate(self._chances(match), start=1):
+        for drafts, (chance, rows_ns) in enumerate(
+            zip(self._chances(match), _times(row_ns), strict=True), start=1
+        ):
             reached *= chance
             expected += reached
-            rate = expected / (trip_ns + drafts * max(0, row_ns))
+            rate = expected / (trip_ns + max(0, rows_ns))
             if rate > best_rate:
                 best, best_rate = drafts, rate
         return best, best_rate
@@ -258,7 +310,7 @@ class _Way:
 
     def __init__(self, proposer: Proposer) -> None:
         self.proposer = proposer
-        self.policy = DraftPolicy()
+        self.policy = DraftPolicy(probes=not proposer.cost_ns)
         self.match = 0
         self.guess: Sequence[int] = ()
 
@@ -292,9 +344,12 @@ class Speculation:
             way.guess = ()
             way.proposer.truncate(length)
 
-    def draft(self, trip_ns: int, row_ns: int, room: int) -> list[int]:
-        """What to send behind the last token: at most `room` drafts. Times as for `DraftPolicy.length`."""
+    def draft(self, trip_ns: int, row_ns: RowTimes, room: int, *, sharing: int = 1) -> list[int]:
+        """What to send behind the last token: at most `room` drafts. Times as for `DraftPolicy.length`, but of
+        a session alone; `sharing`: how many there are, which wait for each other's rows and drafts.
+        """
         room = max(0, min(room, MAX_DRAFT))
+        rows_ns = _times(row_ns)
         best: tuple[float, int, _Way] | None = None
         for way in self._ways:
             way.guess = ()
@@ -302,7 +357,8 @@ class Speculation:
             if match is None or not room:
                 continue
             way.match = match
-            cost_ns = row_ns + way.proposer.cost_ns
+            draft_ns = way.proposer.cost_ns
+            cost_ns = [sharing * (row + n * draft_ns) for n, row in enumerate(rows_ns, start=1)]
             length = min(room, way.policy.length(trip_ns, cost_ns, match=match))
             if not way.proposer.cost_ns:
                 # What costs nothing is made even if it is not sent, to see whether it would have been right.

@@ -1,7 +1,10 @@
 """A small model with the same vocabulary that drafts for a head (a Cargo's file with the role `draft`).
 
-It reads along in a context of its own, one sequence a session, and says greedily what it would go on with.
-That takes the head's time, which `Speculation` weighs against the ring's. Reading a long prompt is spread over
+It reads along in a context of its own, one sequence a session, and says what it would go on with: chosen as
+the head will choose, with the same random number for the same place. Two models that give nearly the same
+chances then say nearly always the same, also where text is sampled and the likeliest token is often wrong.
+
+Drafts take the head's time, which `Speculation` weighs against the ring's. Reading a long prompt is spread over
 steps, so that no other session waits for it.
 """
 
@@ -12,10 +15,15 @@ from collections.abc import Iterable
 from typing import Final
 
 from cargos.runtimes.llama.native import Context, Model, NativeError
+from cargos.runtimes.llama.sampling import BadLogits, Floats, choose
+from protocol.work import Sampling
 
 #: Rows that it reads in one go before it drafts; what is more is read the next times. On a core that reads 200
 #: a second the other sessions of the head wait 0.15 s for it.
 READ_ROWS: Final = 32
+
+#: Tokens that are read when it is loaded, to see what one takes. The first ones warm up.
+_TRIALS: Final = 8
 
 #: Weight of a new measurement.
 _GAIN: Final = 0.1
@@ -44,10 +52,16 @@ class DraftModel:
         self.context_length: Final = context_length
         self.token_ns = 0
         self._free = list(range(sequences))
+        # What a draft costs is known before the first one is weighed.
+        for position in range(min(_TRIALS, context_length)):
+            self.read(0, [0], position)
+        self.cut(0, 0)
 
-    def drafter(self) -> ModelDrafter | None:
-        """For one session, until it is closed. None: as many as there may be have one."""
-        return ModelDrafter(self, self._free.pop()) if self._free else None
+    def drafter(self, sampling: Sampling, prompt: int) -> ModelDrafter | None:
+        """For one session, until it is closed, whose answer begins behind so many tokens and is sampled like
+        this. None: as many as there may be have one.
+        """
+        return ModelDrafter(self, self._free.pop(), sampling, prompt) if self._free else None
 
     def close(self) -> None:
         self._context.close()
@@ -62,24 +76,25 @@ class DraftModel:
     def cut(self, sequence: int, start: int) -> None:
         self._context.cut(sequence, start)
 
-    def read(self, sequence: int, tokens: list[int], position: int) -> int:
-        """Take these in (at most READ_ROWS); what would come next."""
+    def read(self, sequence: int, tokens: list[int], position: int) -> Floats:
+        """Take these in (at most READ_ROWS); logits of what comes next, until the next call."""
         began = time.monotonic_ns()
         n = len(tokens)
         self._context.decode(tokens, range(position, position + n), [sequence] * n, [n - 1])
-        following = int(self._context.logits(n - 1).argmax())
         if n == 1:
             took_ns = time.monotonic_ns() - began
             self.token_ns += round(_GAIN * (took_ns - self.token_ns)) if self.token_ns else took_ns
-        return following
+        return self._context.logits(n - 1)
 
 
 class ModelDrafter:
     """A `Proposer` for one session."""
 
-    def __init__(self, model: DraftModel, sequence: int) -> None:
+    def __init__(self, model: DraftModel, sequence: int, sampling: Sampling, prompt: int) -> None:
         self._model = model
         self._sequence = sequence
+        self._sampling = sampling
+        self._prompt = prompt
         self._tokens: list[int] = []
         #: What is in the model's memory, drafts of before included, and how much of it is known to be right.
         self._read: list[int] = []
@@ -87,7 +102,7 @@ class ModelDrafter:
 
     @property
     def cost_ns(self) -> int:
-        """Never 0: what costs nothing is asked for each time. Before a measurement, nearly nothing."""
+        """Never 0: what costs nothing is asked for each time."""
         return max(1, self._model.token_ns)
 
     def match(self) -> int | None:
@@ -133,10 +148,14 @@ class ModelDrafter:
         self._right = len(self._read)
         return following if len(self._read) == len(self._tokens) else None
 
-    def _take(self, tokens: list[int]) -> int:
-        following = self._model.read(self._sequence, tokens, len(self._read))
+    def _take(self, tokens: list[int]) -> int | None:
+        logits = self._model.read(self._sequence, tokens, len(self._read))
         self._read.extend(tokens)
-        return following
+        # Penalties are left out: it is a guess. So no numbers of this model may be worse than no guess.
+        try:
+            return choose(logits, self._sampling, max(0, len(self._read) - self._prompt))
+        except BadLogits:
+            return None
 
 
 def _check(model: Model, vocabulary: Model, path: str) -> None:

@@ -19,7 +19,7 @@ from cargos.runtimes.llama.patience import Patience
 from cargos.runtimes.llama.sampling import BadLogits
 from cargos.runtimes.llama.sequence import Sequence
 from cargos.runtimes.llama.wire import Update
-from cargos.runtimes.shards.draft import Speculation
+from cargos.runtimes.shards.draft import RowCosts, Speculation
 from cargos.runtimes.shards.draft_model import DraftModel, ModelDrafter
 from cargos.runtimes.shards.engine import StageEngine, grid_step
 from cargos.runtimes.shards.native import StageContext
@@ -46,6 +46,10 @@ class _Voice:
         self.trip_ns = 0  # as the ring measures it; 0: unknown
         self.asked_ns = 0
         self.own_trip_ns = 0  # the shortest time from a question to its answer lately
+        self.sent = 0  # drafts with the question that was asked
+        self.sent_ns = 0
+        self.bare_ns = 0  # from a question without drafts to its tokens; 0: unknown
+        self.extra_ns = 0  # what drafts add to that, smoothed as `trip_ns` is, which has it in it
         # What it took, for the job's account: questions, guesses sent along, and those that were right.
         self.traversals = self.drafted = self.right = 0
 
@@ -60,6 +64,22 @@ class _Voice:
         shortest_ns = min(took_ns, self.own_trip_ns or took_ns)
         self.own_trip_ns = shortest_ns + (took_ns - shortest_ns) // _TRIP_FADES
 
+    @property
+    def plain_trip_ns(self) -> int:
+        """A traversal without drafts; 0: unknown."""
+        trip_ns = self.trip_ns or self.own_trip_ns
+        return max(trip_ns - self.extra_ns, trip_ns // 2)
+
+    def answered(self, now_ns: int, expected_ns: int) -> tuple[int, int] | None:
+        """The tokens of a question are made: (drafts, what they added), if it can be told. `expected_ns`: what
+        they should add by what was known.
+        """
+        took_ns, sent, self.sent_ns = now_ns - self.sent_ns, self.sent, 0
+        self.extra_ns += (expected_ns - self.extra_ns) // _TRIP_FADES
+        if not sent or took_ns < self.bare_ns:
+            self.bare_ns += (took_ns - self.bare_ns) // _TRIP_FADES if self.bare_ns else took_ns
+        return (sent, max(0, took_ns - self.bare_ns)) if sent and self.bare_ns else None
+
 
 class HeadEngine(StageEngine):
     is_head = True
@@ -71,6 +91,7 @@ class HeadEngine(StageEngine):
         self.asks: list[Ask] = []
         self.updates: list[Update] = []
         self.patience: Final = Patience()
+        self._row_costs = RowCosts()
         self._draft_model = (
             DraftModel(
                 stage.draft_path,
@@ -103,7 +124,9 @@ class HeadEngine(StageEngine):
         voice.sequence = sequence
         resident.prompt = len(sequence.job.prompt)
         if voice.may_draft:
-            voice.drafter = self._draft_model.drafter() if self._draft_model is not None else None
+            if self._draft_model is not None:
+                job = sequence.job
+                voice.drafter = self._draft_model.drafter(job.work.sampling, len(job.prompt))
             voice.speculation = Speculation(*([voice.drafter] if voice.drafter is not None else []))
         if sequence.done is not None:
             self._tell(sequence)
@@ -176,7 +199,8 @@ class HeadEngine(StageEngine):
         voice.strayed = False
         voice.known = len(tokens)
         voice.asked = len(tokens) + len(drafts)
-        voice.asked_ns = 0 if begins else time.monotonic_ns()
+        voice.sent = len(drafts)
+        voice.asked_ns = voice.sent_ns = 0 if begins else time.monotonic_ns()
         self.asks.append(Ask(key, position, (*tokens[position:], *drafts), len(sequence.job.prompt)))
 
     def _draft(self, voice: _Voice, sequence: Sequence, *, begins: bool) -> list[int]:
@@ -189,12 +213,16 @@ class HeadEngine(StageEngine):
         speculation.verified(sequence.tokens[voice.known :])
         # A draft makes one token more at most: with all of them right there must be leave and room for it.
         spare = min(sequence.granted, sequence.job.room) - sequence.made - 1
+        if not voice.bare_ns:
+            return []  # what drafts add can not be told before it is known what there is without
+        rows_ns, sharing = self._row_costs.times(self._row_ns()), len(self._voices)
+        return speculation.draft(voice.plain_trip_ns, rows_ns, min(spare, MAX_TOGETHER - 1), sharing=sharing)
+
+    def _row_ns(self) -> int:
+        """One row more through the whole ring, as estimated from this stage's pace."""
         pace = self.meter.pace
         # A handful of rows gains half of what a large batch would: kernels for few rows read weights for each.
-        row_ns = (pace.layer_ns + pace.prefill_layer_ns) // 2 * self._stage.layers + pace.vocabulary_ns
-        return speculation.draft(
-            voice.trip_ns or voice.own_trip_ns, row_ns * len(self._voices), min(spare, MAX_TOGETHER - 1)
-        )
+        return (pace.layer_ns + pace.prefill_layer_ns) // 2 * self._stage.layers + pace.vocabulary_ns
 
     # --- hearing --------------------------------------------------------------------------------
 
@@ -234,6 +262,15 @@ class HeadEngine(StageEngine):
             if sequence.done is not None or voice.strayed or position != voice.last:
                 break
             self._hear(voice, sequence, context, index)
+        if outputs and voice.sent_ns:
+            self._learn(voice)
+
+    def _learn(self, voice: _Voice) -> None:
+        """From what the question took of which these were the tokens."""
+        expected_ns = self._row_costs.times(self._row_ns())[voice.sent - 1] if voice.sent else 0
+        seen = voice.answered(time.monotonic_ns(), expected_ns)
+        if seen is not None and len(self._voices) == 1:  # else it was others who were waited for
+            self._row_costs.note(*seen)
 
     def _hear(self, voice: _Voice, sequence: Sequence, context: StageContext, index: int) -> None:
         """Make the token that follows the newest one."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from cargos.runtimes.shards.draft import MAX_DRAFT, MAX_GRAM, Drafter, DraftPolicy, Speculation
+from cargos.runtimes.shards.draft import MAX_DRAFT, MAX_GRAM, Drafter, DraftPolicy, RowCosts, Speculation
 from protocol.dice import Dice
 
 MS = 1_000_000
@@ -291,3 +291,53 @@ def test_lookup_is_preferred_where_it_knows() -> None:
         speculation.verified(text[at : at + right + 1])
         at += right + 1
     assert oracle.made <= 16
+
+
+def test_what_rows_cost_is_learnt_by_their_number() -> None:
+    costs = RowCosts()
+    assert costs.times(3 * MS) == [3 * MS * n for n in range(1, MAX_DRAFT + 1)]  # nothing seen: the estimate
+    for _ in range(40):
+        costs.note(1, 25 * MS)
+        costs.note(4, 31 * MS)
+    times = costs.times(3 * MS)
+    assert times[0] == pytest.approx(25 * MS, rel=0.1)
+    assert times[3] == pytest.approx(31 * MS, rel=0.1)
+    assert times == sorted(times)
+    assert times[-1] - times[3] == pytest.approx(
+        (MAX_DRAFT - 4) * 3 * MS, rel=0.01
+    )  # beyond, the estimate again
+    for bad in (0, MAX_DRAFT + 1):
+        with pytest.raises(ValueError, match="drafts"):
+            costs.note(bad, 1)
+
+
+def test_a_first_draft_that_costs_more_than_it_brings_is_not_sent_though_rows_are_said_to_be_cheap() -> None:
+    policy, costs = DraftPolicy(), RowCosts()
+    sent = 0
+    for _ in range(400):
+        length = policy.length(30 * MS, costs.times(2 * MS))
+        if length:
+            sent += 1
+            costs.note(length, 40 * MS)
+            policy.note(length, 1)
+    assert sent < 40
+
+
+def test_where_a_model_does_not_pay_it_is_not_asked_and_bad_luck_is_not_for_ever() -> None:
+    text = list(range(5000))
+    for trip, most in ((30 * MS, 0), (300 * MS, 1 << 30)):
+        oracle = Oracle(text, 0.9, 20 * MS)
+        speculation = Speculation(oracle)
+        for _ in range(6):  # nothing it says is right at first
+            speculation.draft(trip, 2 * MS, 16)
+            speculation.verified([-7])
+        asked = oracle.made if trip > 100 * MS else 0
+        oracle.truncate(0)
+        at = 0
+        while at < 3000:
+            drafts = speculation.draft(trip, 2 * MS, 16)
+            right = next((i for i, token in enumerate(drafts) if token != text[at + i]), len(drafts))
+            speculation.verified(text[at : at + right + 1])
+            at += right + 1
+        assert oracle.made <= most
+        assert trip < 100 * MS or oracle.made > asked + 1000

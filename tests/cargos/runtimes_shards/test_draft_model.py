@@ -10,11 +10,14 @@ from typing import Any, cast
 import pytest
 
 from cargos.runtimes.llama.native import Context, Model, NativeError
+from cargos.runtimes.llama.sampling import choose
 from cargos.runtimes.shards.draft_model import READ_ROWS, DraftModel
 from protocol.dice import Dice
+from protocol.work import Sampling
 
 pytestmark = pytest.mark.model
 
+GREEDY = Sampling(seed=1, temperature=0.0)
 TEXT = "The tide comes in twice a day because the Moon pulls the sea. When the Moon is"
 
 
@@ -53,15 +56,15 @@ def test_it_proposes_what_it_would_say(
     model: Model, drafts: DraftModel, greedy: Callable[[list[int], int], list[int]]
 ) -> None:
     tokens = model.tokenize(TEXT, parse_special=False)
-    drafter = drafts.drafter()
+    drafter = drafts.drafter(GREEDY, 0)
     assert drafter is not None
+    assert drafts.token_ns > 0, "what a draft costs is known before the first one"
     assert drafter.match() is None
     drafter.extend(tokens)
     for _ in range(len(tokens) // READ_ROWS):
         assert drafter.propose(5) == []  # it reads the prompt in steps
     proposed = drafter.propose(5)
     assert proposed == greedy(tokens, 5)
-    assert drafts.token_ns > 0
     # Two are right, then another token comes: the rest of its own is forgotten.
     tokens += [*proposed[:2], 42]
     drafter.extend([*proposed[:2], 42])
@@ -76,6 +79,25 @@ def test_it_proposes_what_it_would_say(
     assert drafter.propose(2) == greedy(tokens, 2)
 
 
+def test_it_draws_as_the_head_will(model: Model, drafts: DraftModel) -> None:
+    """The same model samples with the numbers of the same places: all its drafts are right."""
+    prompt = model.tokenize("A poem about the sea:", parse_special=False)
+    sampling = Sampling(seed=11, temperature=1.1, top_p=0.95)
+    drafter = drafts.drafter(sampling, len(prompt))
+    assert drafter is not None
+    drafter.extend(prompt)
+    context = Context(model, context_length=128, n_seq=1, n_batch=128, threads=1, flash_attention=True)
+    context.decode(prompt, range(len(prompt)), [0] * len(prompt), [len(prompt) - 1])
+    made = [choose(context.logits(len(prompt) - 1), sampling, 0)]
+    while len(made) < 12:
+        context.decode([made[-1]], [len(prompt) + len(made) - 1], [0], [0])
+        made.append(choose(context.logits(0), sampling, len(made)))
+    context.close()
+    assert drafter.propose(5) == made[:5]
+    drafter.extend(made[:7])
+    assert drafter.propose(5) == made[7:]
+
+
 def test_sessions_do_not_disturb_each_other(
     model: Model, drafts: DraftModel, greedy: Callable[[list[int], int], list[int]]
 ) -> None:
@@ -83,8 +105,8 @@ def test_sessions_do_not_disturb_each_other(
     told = [
         model.tokenize(text, parse_special=False)[:20] for text in (TEXT, "One, two, three, four, five, six")
     ]
-    drafters = [drafts.drafter(), drafts.drafter()]
-    assert drafts.drafter() is None
+    drafters = [drafts.drafter(GREEDY, 0), drafts.drafter(GREEDY, 0)]
+    assert drafts.drafter(GREEDY, 0) is None
     for drafter, tokens in zip(drafters, told, strict=True):
         assert drafter is not None
         drafter.extend(tokens)
@@ -100,7 +122,7 @@ def test_sessions_do_not_disturb_each_other(
     first = drafters[0]
     assert first is not None
     first.close()
-    again = drafts.drafter()
+    again = drafts.drafter(GREEDY, 0)
     assert again is not None
     again.extend(told[1])
     while not (proposed := again.propose(2)):
@@ -109,7 +131,7 @@ def test_sessions_do_not_disturb_each_other(
 
 
 def test_its_context_ends(model: Model, drafts: DraftModel) -> None:
-    drafter = drafts.drafter()
+    drafter = drafts.drafter(GREEDY, 0)
     assert drafter is not None
     drafter.extend(model.tokenize(TEXT, parse_special=False) * 8)
     drafter.truncate(127)
