@@ -358,13 +358,15 @@ def _windowed(model: Model) -> Sequence[bool] | None:
 
 def _kv_bytes(header: Header, name: str, width: int) -> int:
     heads = _largest(header, f"{name}.attention.head_count")
-    if not heads:
-        raise BadGguf(f"'{name}.attention.head_count' is missing")
+    if not 1 <= heads <= width:
+        raise BadGguf(
+            f"'{name}.attention.head_count' is {heads}, not a number between 1 and the width of {width}"
+        )
     kv_heads = _largest(header, f"{name}.attention.head_count_kv") or heads
     key = header.integer(f"{name}.attention.key_length") or width // heads
     value = header.integer(f"{name}.attention.value_length") or width // heads
     total = kv_heads * (key + value) * F16_BYTES
-    if not 0 < total <= MAX_KV_BYTES:
+    if min(kv_heads, key, value) < 1 or total > MAX_KV_BYTES:
         raise BadGguf(f"keys and values of a token take {total} bytes", f"At most {MAX_KV_BYTES} are expected.")
     return total
 

@@ -146,6 +146,9 @@ BROKEN = [
     ({"llama.block_count": string_entry("4")}, "not a whole number"),
     ({"llama.embedding_length": number_entry(Kind.UINT32, 32)}, "no embeddings of the width"),
     ({"llama.attention.head_count": number_entry(Kind.UINT32, 0)}, "head_count"),
+    ({"llama.attention.head_count": number_entry(Kind.UINT32, 126)}, "head_count"),
+    ({"llama.attention.head_count": number_entry(Kind.INT32, -1)}, "head_count"),
+    ({"llama.attention.key_length": number_entry(Kind.INT32, -16)}, "keys and values"),
     ({"llama.attention.key_length": number_entry(Kind.UINT32, 1 << 31)}, "keys and values"),
     ({"general.architecture": string_entry("")}, "no architecture"),
 ]
