@@ -246,6 +246,9 @@ class _Job:
     async def _cut(self, source: Path, model: Model, target: Path, first: int, last: int) -> None:
         wanted = slice_of(model, first, last)
         self._say("", 0, wanted.size_bytes, "cutting")
+        for left in target.parent.glob(f"{target.name}.*.new"):
+            with suppress(OSError):  # of one that was killed while it wrote: we hold its lock
+                left.unlink()
         self._check_space(sum(part.size for part in wanted.segments))
         await trio.to_thread.run_sync(write_slice, source, target, wanted)
         await trio.to_thread.run_sync(_note, target)

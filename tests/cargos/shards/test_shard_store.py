@@ -1,5 +1,7 @@
 """Slices in the store: of the whole file, of pieces from peers, of ranges from a server; and faults."""
 
+import os
+import time
 from collections import Counter
 
 import msgspec
@@ -238,3 +240,46 @@ async def test_a_chain_out_of_the_store_computes(model, shards, native, tmp_path
     tokens = np.array([1, 270, 5, 264, 33], np.int32)
     assert np.array_equal(native.run_chain(paths, tokens, 4), native.run_chain([path], tokens, 4))
     assert read_header(paths[1]).integer("slice.of") == 6
+
+
+async def test_what_a_killed_process_left_half_written_is_gone(model, shards, tmp_path):
+    _, manifest, _ = model
+    target = shards.path(manifest.file_with_role("model"), 1, 3)
+    target.parent.mkdir(parents=True)
+    left = target.with_name(f"{target.name}.999999.new")
+    left.write_bytes(b"half")
+    other = target.with_name(f"other.{target.name}.999999.new")
+    other.write_bytes(b"somebody's")
+    assert await shards.ensure(manifest, 1, 3, base=tmp_path) == target
+    assert not left.exists()
+    assert other.exists()  # another slice, which may be being written
+
+
+async def test_old_slices_make_room_and_those_in_use_stay(model, shards, tmp_path):
+    _, manifest, _ = model
+    slices = [await shards.ensure(manifest, n, n + 1, base=tmp_path) for n in range(5)]
+    sizes = [path.stat().st_blocks * 512 for path in slices]
+
+    def wanted(path, hours_ago):
+        at = time.time() - 3600 * hours_ago
+        os.utime(path.with_suffix(".ok"), (at, at))
+
+    assert await shards.prune(0) == []  # all were wanted a moment ago
+    for hours_ago, path in enumerate(reversed(slices), 1):
+        wanted(path, hours_ago)
+    assert await shards.prune(sum(sizes)) == []
+    with shards.in_use(slices[0]), shards.in_use(slices[0]):  # as two Islands of one machine
+        removed = await shards.prune(sum(sizes) - 1)
+        assert [(one.name, one.freed_bytes) for one in removed] == [(slices[1].name, sizes[1])]
+        assert slices[0].exists()
+    await shards.ensure(manifest, 2, 3)  # wanted again
+    removed = await shards.prune(0)
+    assert {one.name for one in removed} == {slices[n].name for n in (0, 3, 4)}
+    left = sorted(path.name for path in slices[0].parent.iterdir())
+    assert left == sorted([slices[2].name, slices[2].with_suffix(".ok").name])
+    made = await shards.ensure(manifest, 0, 1, base=tmp_path)
+    assert made.exists()
+
+
+async def test_a_store_without_slices_has_none_to_remove(shards):
+    assert await shards.prune(0) == []
