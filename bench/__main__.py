@@ -23,6 +23,7 @@ BENCHMARKS = {
     "chain_equality": "do chains of 2, 3 and 4 Islands say what the whole model says, token for token",
     "chain_latency": "a chain with distance between its stages: share of the bound, with and without drafts",
     "chain_draft": "what the small model that a Cargo names for drafts brings, by distance",
+    "chain_load": "a chain under load: others join its busy layers, one dies, and no answer is lost",
     "chain_recovery": "stages killed in mid-answer: how long the pause, and is the text the same",
     "pieces": "a file in pieces from 1 and 3 peers, beside one bare TCP stream",
     "continuation": "how often a continuation equals the undisturbed run",

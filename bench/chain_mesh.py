@@ -101,13 +101,23 @@ class Program:
 class Mesh(Client):
     """A gateway and its Islands. With a laboratory, the gateway is node 0 of it and Island i node i + 1."""
 
-    def __init__(self, cargo: str, model: str, *, activations: str = "f16s", lab: Lab | None = None) -> None:
+    def __init__(
+        self,
+        cargo: str,
+        model: str,
+        *,
+        activations: str = "f16s",
+        settings: Sequence[str] = (),
+        lab: Lab | None = None,
+    ) -> None:
+        """`settings`: of the gateway, as for `--set`."""
         super().__init__("127.0.0.1" if lab is None else lab.address(0), 0, model, lab=lab)
         self.cargo = cargo
         self._folder = tempfile.TemporaryDirectory(prefix="archipelag-bench-")
         self.root = Path(self._folder.name)
         self.islands: dict[str, Program] = {}
         self._settings: dict[str, tuple[str, ...]] = {}
+        self._caches: dict[str, Path] = {}
         self.gateway = self._program("gateway", 0)
         try:
             self.gateway.begin(
@@ -115,6 +125,7 @@ class Mesh(Client):
                     *("gateway.cli", "run", "--host", self.host, "--port", "0", "--log-format", "json"),
                     *("--data-dir", str(self.root / "gateway"), "--listen", f"/ip4/{self.host}/tcp/0"),
                     *("--set", "http.requests_per_minute=0", "--set", f"mesh.activations={activations}"),
+                    *(part for text in settings for part in ("--set", text)),
                 ],
                 {"ARCHI_API_KEY": KEY},
             )
@@ -167,8 +178,10 @@ class Mesh(Client):
 
     # --- Islands --------------------------------------------------------------------------------
 
-    def start_island(self, name: str, *settings: str) -> None:
-        """Settings as for `archi-node run --set`."""
+    def start_island(self, name: str, *settings: str, cache: Path | None = None) -> None:
+        """Settings as for `archi-node run --set`. `cache`: a store of its own."""
+        if cache is not None:
+            self._caches[name] = cache
         node = 1 + NAMES.index(name)
         program = self.islands[name] = self._program(name, node)
         self._settings[name] = settings
@@ -187,7 +200,7 @@ class Mesh(Client):
                 *("--coordinator", self.address, "--listen", f"/ip4/{self._host(node)}/tcp/0"),
                 *("--log-format", "json", *(part for text in settings for part in ("--set", text))),
             ],
-            {},
+            {"ARCHI_CACHE": str(self._caches[name])} if name in self._caches else {},
         )
 
     def kill_island(self, name: str) -> None:
@@ -271,12 +284,12 @@ def serving_of(lines: Sequence[str]) -> list[str]:
     raise SystemExit("the gateway told of no chain for its last job")
 
 
-def shape_of(cargo: str) -> ModelShape:
+def shape_of(cargo: str, *, slots: int = SLOTS) -> ModelShape:
     """Raises SystemExit if the Cargo can not be spread."""
     sharding = resolve_cargo(cargo).manifest.sharding
     if sharding is None:
         raise SystemExit(f"{cargo} can not be spread: its manifest does not say how")
-    return ModelShape.of_sharding(sharding, slots=SLOTS, context=CONTEXT)
+    return ModelShape.of_sharding(sharding, slots=slots, context=CONTEXT)
 
 
 def memory_mib(shape: ModelShape, stages: int) -> int:

@@ -103,6 +103,7 @@ def test_deaths_are_told_by_place(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("chain", "--quick", "--stages", "2"),
         ("chain_recovery", "--quick"),
+        ("chain_load", "--quick"),
         pytest.param(
             ("chain_latency", "--quick", "--stages", "2"),
             marks=pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or ""),
