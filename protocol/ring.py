@@ -24,7 +24,7 @@ how much it has, so that nothing is computed or passed on twice. The same two me
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Final, Literal, TypeAlias
+from typing import Annotated, ClassVar, Final, Literal, TypeAlias, get_args
 
 import msgspec
 from msgspec import Meta
@@ -91,6 +91,7 @@ MAX_GENERATION: Final = 1 << 31
 
 #: How activations travel; see cargos/shards/dtypes.py for what each costs and changes.
 Dtype: TypeAlias = Literal["f32", "f16s", "q8x"]
+DTYPES: Final[tuple[Dtype, ...]] = get_args(Dtype)
 
 PeerText = Annotated[str, Meta(min_length=1, max_length=64)]
 SessionId = Annotated[str, Meta(min_length=SESSION_CHARS, max_length=SESSION_CHARS)]

@@ -19,6 +19,7 @@ import structlog
 import trio
 
 from cargos.runtimes.shards.base import Computed, Lost, OnEvent, Refused, StageEvent, StageRuntime, Wanted
+from cargos.shards.dtypes import row_bytes
 from node.jobs import RECEIPT_TTL_NS
 from node.overlay.driver import monotonic_now
 from node.p2p import Host
@@ -30,8 +31,10 @@ from protocol.instants import SECOND_NS, UnixNs
 from protocol.limits import MIB
 from protocol.machine import Disconnect, Effect, Emit, Input, Ordered, Received, Send, Trace, Woken
 from protocol.ring import (
+    DTYPES,
     STAGE_RECEIPT_KIND,
     Chain,
+    Dtype,
     FromStage,
     RingEnd,
     RingFeed,
@@ -178,7 +181,10 @@ class RingService:
     def hold(self, cargo: str, first: int, last: int, runtime: StageRuntime) -> None:
         """From now on sessions may run through these layers, which `runtime` has loaded."""
         self._held[cargo] = Held(cargo, first, last, runtime)
-        self._order(ShardHeldHere(cargo, first, last, runtime.load().slots))
+        load = runtime.load()
+        dtypes = DTYPES if load.width else ()
+        sizes: dict[Dtype, int] = {dtype: row_bytes(dtype, load.width) for dtype in dtypes}
+        self._order(ShardHeldHere(cargo, first, last, load.slots, sizes))
 
     def let_go(self, cargo: str) -> None:
         """No longer; the machine ends the sessions that do."""

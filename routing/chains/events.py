@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from protocol.envelope import Envelope
@@ -74,13 +75,14 @@ class EngineRefused:
 @dataclass(frozen=True, slots=True)
 class ShardHeldHere:
     """From now on this node holds these layers of the Cargo; with `first == last` none any more. `slots`:
-    sessions at once.
+    sessions at once. `row_bytes`: what a row takes in each dtype, if that is known.
     """
 
     cargo: str
     first: int
     last: int
     slots: int = 0
+    row_bytes: Mapping[Dtype, int] = field(default_factory=dict[Dtype, int])
 
 
 @dataclass(frozen=True, slots=True)

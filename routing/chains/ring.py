@@ -163,8 +163,8 @@ class RingMachine(StageDuties):
                 session = self._sessions.get(name)
                 if session is not None:
                     self._abandon(session, code, excerpt(detail))
-            case ShardHeldHere(cargo, first, last, slots):
-                self._shard_held(cargo, first, last, slots)
+            case ShardHeldHere():
+                self._shard_held(command)
 
     def _message(self, now: Instant, peer: PeerId, message: ToStage | FromStage) -> None:
         match message:

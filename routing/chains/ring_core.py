@@ -27,7 +27,7 @@ from protocol.ring import (
     ToStage,
 )
 from routing.agenda import Agenda
-from routing.chains.events import Compute, Release, RingEvent, StageReplaced
+from routing.chains.events import Compute, Release, RingEvent, ShardHeldHere, StageReplaced
 from routing.chains.ring_door import GUEST_LANES, GUEST_SHARE, Door, check_permit_untrusted
 from routing.chains.ring_links import Links
 from routing.chains.ring_log import Cut, RowLog, Rows
@@ -58,8 +58,7 @@ class RingCore:
         self._links: Final = Links(policy)
         self._feeders: dict[PeerId, set[str]] = {}
         self._feeder_heard: dict[PeerId, Instant] = {}
-        self._held: dict[str, tuple[int, int]] = {}
-        self._slots: dict[str, int] = {}
+        self._held: dict[str, ShardHeldHere] = {}
         self._agenda: Agenda[tuple[Timer, str]] = Agenda()
         self._out: Effects = []
 
@@ -108,7 +107,9 @@ class RingCore:
         guests = [s for s in self._sessions.values() if s.guest and s.chain.cargo == cargo]
         if door.is_guest(cargo, opening.consumer):
             lanes = sum(session.deterministic for session in guests) if opening.deterministic else 0
-            if len(guests) >= self._slots.get(cargo, 0) // GUEST_SHARE or lanes >= GUEST_LANES:
+            held = self._held.get(cargo)
+            places = 0 if held is None else held.slots // GUEST_SHARE
+            if len(guests) >= places or lanes >= GUEST_LANES:
                 return "busy", "guests have no more places here"
         try:
             check_permit_untrusted(

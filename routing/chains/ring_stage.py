@@ -17,7 +17,7 @@ from protocol.ring import (
     RingOpen,
     RingOpened,
 )
-from routing.chains.events import Admit, Done
+from routing.chains.events import Admit, Done, ShardHeldHere
 from routing.chains.ring_head import TOKEN_BYTES, HeadDuties
 from routing.chains.ring_log import Rows
 from routing.chains.ring_policy import MAX_HELD_BYTES, MAX_TAKEN_ROWS
@@ -80,7 +80,8 @@ class StageDuties(HeadDuties):
         if session is not None and (session.consumer, session.chain.cargo) != (message.consumer, chain.cargo):
             return "refused", "it is somebody else's session"
         stage = chain.stages[index]
-        if self._held.get(chain.cargo) != (stage.first, stage.last):
+        held = self._held.get(chain.cargo)
+        if held is None or (held.first, held.last) != (stage.first, stage.last):
             return "unknown", "these layers are not held here"
         if session is None:
             if len(self._sessions) >= self._policy.sessions:
@@ -175,7 +176,11 @@ class StageDuties(HeadDuties):
         if session.index == 0 and len(message.payload) != message.rows * TOKEN_BYTES:
             raise ProtocolError(Fault.MALFORMED, "tokens have four bytes each")
         if session.index:
-            self._cut(session.chain.dtype, message.payload, message.rows, 0, 0)
+            dtype, held = session.chain.dtype, self._held.get(session.chain.cargo)
+            self._cut(dtype, message.payload, message.rows, 0, 0)
+            size = len(message.payload) // message.rows
+            if held is not None and held.row_bytes.get(dtype, size) != size:
+                raise ProtocolError(Fault.MALFORMED, f"rows of {size} bytes are none of this model's")
         waiting = session.intake.end - session.intake.have + message.rows
         if waiting > MAX_TAKEN_ROWS or session.intake.held_bytes > MAX_HELD_BYTES:
             raise ProtocolError(Fault.OVERSIZE, "more rows than a window holds")
@@ -291,12 +296,12 @@ class StageDuties(HeadDuties):
         self._emit(Admit(session.name, chain.cargo, chain.dtype, session.prompt, session.deterministic))
         self._ask_again(session)
 
-    def _shard_held(self, cargo: str, first: int, last: int, slots: int) -> None:
+    def _shard_held(self, held: ShardHeldHere) -> None:
+        cargo, first, last = held.cargo, held.first, held.last
         if first < last:
-            self._held[cargo], self._slots[cargo] = (first, last), slots
+            self._held[cargo] = held
         else:
             self._held.pop(cargo, None)
-            self._slots.pop(cargo, None)
         for session in list(self._sessions.values()):
             stage = session.stage
             if session.chain.cargo == cargo and (stage.first, stage.last) != (first, last):

@@ -185,7 +185,8 @@ class ToyStage:
         self.memories.pop(session, None)
 
     def load(self) -> StageLoad:
-        return StageLoad("ready", self.slots, len(self.memories), 1000, 100, 500, 0, self.rows, 1)
+        width = self.wide // 4
+        return StageLoad("ready", self.slots, len(self.memories), 1000, 100, 500, 0, self.rows, width)
 
     async def ready(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -232,6 +232,7 @@ async def test_a_slow_line_is_no_dead_stage(toys, answer) -> None:
     """The prompt's rows take seconds to the next stage, longer than a stage may be silent."""
     a, b, c = await toys.nodes((0, 4), (4, 9), (9, 12))
     a.stage.width = b.stage.wide = 24_000  # the prompt: 1.9 MB
+    b.ring.hold(CARGO, 4, 9, b.stage)
     chain = toys.chain_of([a, b, c])
     slow = StagePeer(b.host.peer, await toys.slowly(b, 600_000))
     stages = (chain.stages[0], msgspec.structs.replace(chain.stages[1], holder=slow), chain.stages[2])

@@ -173,3 +173,17 @@ async def test_a_head_is_no_stage_in_the_midst(toys) -> None:
         assert not b.stage.memories
         assert not b.ring._waiting_bytes  # noqa: SLF001
     assert not a.stage.memories
+
+
+async def test_rows_of_another_size_never_get_to_the_engine(toys) -> None:
+    """It may be busy for long, and eight megabytes could pass for one row."""
+    b = await toys.node(4, 9)
+    b.stage.held = trio.Event()
+    async with stranger_at(b) as (host, stream):
+        stages = (Stage(whereabouts(host), 0, 4), Stage(b.peer, 4, 9), Stage(nobody(), 9, 12))
+        await stream.send(RingOpen(SESSION, Chain(CARGO, stages, "f32"), 1, 0, 5, "me"))
+        await stream.send(RingFeed(SESSION, 0, 2, bytes(8)))
+        await stream.send(RingFeed(SESSION, 2, 1, bytes(MIB)))
+        fault = await heard(stream, RingFault)
+        assert (fault.code, "none of this model's" in fault.detail) == ("invalid", True)
+        assert not b.ring._waiting_bytes  # noqa: SLF001
