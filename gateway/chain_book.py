@@ -483,7 +483,8 @@ class ChainBook:
         was_ready = cargo.ready
         if isinstance(found, NoAllocation):
             cargo.ready, cargo.layout = False, None
-            cargo.shortage = shortage_of(shape, [room_bytes(o) for _, o in offers], elsewhere)
+            free = [max(0, room_bytes(o) - self._promised_bytes(i.peer, digest)) for i, o in offers]
+            cargo.shortage = shortage_of(shape, free, elsewhere)
             waiting = any(r.until > now and r.times <= PATIENT_REFUSALS for r in cargo.refused.values())
             cargo.progress = NotYet(0, sharding.layers) if waiting else None
             return Stepped(wake=wake)
