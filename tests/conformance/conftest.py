@@ -31,6 +31,10 @@ HEAL_S = 8
 #: Within this time a lookup lacks nobody: one retry in virtual time, in real as many as a busy machine needs.
 LATE_S = {"sim": 3.0, "node": 45.0}
 
+#: What holds at the first look in virtual time, holds within this time for processes: one that is kept from its
+#: processor stores late, answers late, and is left out of lookups.
+AT_ONCE_S = {"sim": 0.0, "node": 45.0}
+
 SIM_PEERS = 36
 NODE_PEERS = 16
 LAB_PEERS = 10
@@ -58,6 +62,15 @@ class Scenario:
     def enough_copies(self) -> int:
         """An order to store is done when three quarters of k peers have what was stored; the rest follows."""
         return self.k * 3 // 4
+
+    @property
+    def first_tries(self) -> float:
+        """Which share of the k nearest may lack in lookups that were not repeated."""
+        return 0.05 if self.net.kind == "sim" else 0.3
+
+    async def holds(self, what: str, condition: Callable[[], object]) -> None:
+        """Assert it: at once in virtual time, soon in real."""
+        await self.net.until(condition, what, within_s=AT_ONCE_S[self.net.kind])
 
     def missing(self, asker: int, key: int, found: LookupResult, among: list[int] | None = None) -> int:
         """How many of the k nearest a lookup did not find. What it found must be in order."""

@@ -132,7 +132,7 @@ async def test_a_deaf_coordinator_delays_no_other(make_island, until) -> None:
             await until(lambda: good.adverts and deaf.adverts)
             await until(lambda: good.adverts[-1].cargos[0].state == "ready")
             before = len(good.adverts)
-            with trio.fail_after(3):  # a deaf one is given up after 5 s
+            with trio.fail_after(4.5):  # a deaf one is given up after 5 s
                 for _ in range(3):
                     state.jobs.draining = not state.jobs.draining
                     state.jobs._changed()  # noqa: SLF001 - what a job does at its begin and end

@@ -91,7 +91,7 @@ async def test_hello_calls_and_the_table(until) -> None:
         assert pa.hello(b.peer) is None
 
 
-async def test_both_dial_at_once_and_settle_on_one_stream() -> None:
+async def test_both_dial_at_once_and_settle_on_one_stream(until) -> None:
     for _ in range(5):
         async with open_host(new_identity()) as a, open_host(new_identity()) as b:
             async with peers_of(a, "left") as pa, peers_of(b, "right") as pb:
@@ -100,8 +100,7 @@ async def test_both_dial_at_once_and_settle_on_one_stream() -> None:
                 pb.keep(a.addresses[0])
                 await watch_a.next(PeerUp)
                 await watch_b.next(PeerUp)
-                await trio.sleep(0.2)
-                assert len(pa._links) == len(pb._links) == 1
+                await until(lambda pa=pa, pb=pb: len(pa._links) == len(pb._links) == 1)
                 assert watch_a.events == watch_b.events == []  # nobody went down and up again
                 assert pa._known[b.peer].ours is not pb._known[a.peer].ours
                 for peers, other in ((pa, b.peer), (pb, a.peer)):
