@@ -154,6 +154,7 @@ class CoordinatorService:
             },
             take=self._take_item,
             favoured=self._favours(notary),
+            believed=config.trusted,
         )
         self._witness: KarmaWitness[PeerId] = KarmaWitness(host.peer, config.karma)
         self.machine: Final[Coordinator[PeerId]] = Coordinator(

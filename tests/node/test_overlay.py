@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import trio
 from dht.keys import key_of_peer, key_of_record, key_of_role
 from dht.records import seal_record
 from dht.wire import METHOD_DHT, Contact, WireFindNode, WireNodes, WirePing
+from node.coordination.gossip import GossipService
 from node.identity import Identity, new_identity
 from node.overlay.addresses import Scope
 from node.overlay.book import AddressBook
@@ -31,6 +32,7 @@ from protocol.codec import Message
 from protocol.dice import Dice
 from protocol.ids import PeerId
 from protocol.instants import SECOND_NS, UnixNs
+from routing.gossip_peers import GossipPolicy
 
 PATIENCE_S = 90  # a dozen peers in one process, on a machine that may be busy
 
@@ -389,6 +391,44 @@ async def test_who_asks_and_hangs_up_is_not_dialled(network: Network) -> None:
         await bad.host.disconnect(victim.peer)
         await trio.sleep(0.2)
         assert bad.host.counters.connections_accepted == 0
+
+
+async def test_strangers_do_not_take_all_places_among_gossips_neighbours(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever calls itself a coordinator gets a place, but some are kept for those that the node finds."""
+    monkeypatch.setattr("node.coordination.gossip.MAX_STRANGERS", 2)
+    monkeypatch.setattr("node.coordination.gossip.SEARCH_MAX_S", 0.2)
+    policy = GossipPolicy(max_neighbours=4)
+    (victim, *_) = await network.grow(3)
+    honest = await network.add(roles=("coordinator",))
+    await network.joined(honest)
+    with trio.fail_after(PATIENCE_S):
+        async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
+            service = GossipService(
+                victim.host,
+                victim.peers,
+                victim.overlay,
+                nursery,
+                openers={},
+                kinds={},
+                take=lambda _: None,
+                favoured=lambda _: False,
+                policy=policy,
+            )
+            for _ in range(5):
+                sybil = await stack.enter_async_context(liar())
+                sybil.peers.introduce(Hello("sybil", "0", ("coordinator",), ()))
+                await sybil.peers.reach(victim.peer, [victim.address])
+            while len(victim.peers.up()) < 7:
+                await trio.sleep(0.01)
+            assert len(service.machine.neighbours) == 2
+            assert honest.peer not in service.machine.neighbours
+            honest.overlay.provide_all("role", [key_of_role("coordinator")])
+            nursery.start_soon(service.run)
+            while honest.peer not in service.machine.neighbours:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
 
 
 # --- parts ------------------------------------------------------------------------------------------
