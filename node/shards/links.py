@@ -93,6 +93,8 @@ class LinkUser(msgspec.Struct, frozen=True):
     """May more rows be taken in now?"""
     is_used: Callable[[PeerId], bool]
     """Do sessions run over the link that this peer opened?"""
+    is_needed: Callable[[PeerId], bool]
+    """Do sessions run over the link that we opened to this peer?"""
 
 
 @dataclass(slots=True)
@@ -194,7 +196,10 @@ class RingLinks:
 
     def _open(self, peer: PeerId, message: RingOpen) -> Link | None:
         if len(self._down) >= MAX_DOWNSTREAMS:
-            return None
+            idle = [link for link in self._down.values() if not self._user.is_needed(link.peer)]
+            if not idle:
+                return None
+            self.drop(min(idle, key=lambda link: link.used_at).peer, "another peer needs its place")
         link = self._down[peer] = Link(peer, TO_STAGE)
         stages = message.chain.stages
         holders = [h for stage in stages for h in (stage.holder, *stage.spares) if h.peer == peer]

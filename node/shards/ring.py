@@ -173,6 +173,7 @@ class RingService:
             lambda peer: self._order(UpstreamLost(peer)),
             lambda: self._waiting_bytes < MAX_WAITING_BYTES,
             machine.is_fed_by,
+            machine.feeds,
         )
         self.links: Final = RingLinks(host, nursery, user, reach=reach)
 

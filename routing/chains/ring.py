@@ -115,6 +115,10 @@ class RingMachine(StageDuties):
         """Whether sessions run over the link that this peer opened."""
         return peer in self._feeders
 
+    def feeds(self, peer: PeerId) -> bool:
+        """Whether sessions run over the link that we opened to this peer."""
+        return peer in self._links
+
     def turned_away(self, now: Instant, command: Begin) -> tuple[str, str] | None:
         """Why this node would be no head of that session: (code, detail)."""
         return self._turned_away(now, self._beginning(now, command))

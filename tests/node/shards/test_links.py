@@ -74,12 +74,14 @@ class End:
         self.up_lost = []
         self.room = True
         self.used = set()
+        self.needed = set()
         user = LinkUser(
             self._take,
             lambda peer, reason: self.down_lost.append((peer, reason)),
             self.up_lost.append,
             lambda: self.room,
             lambda peer: peer in self.used,
+            lambda peer: peer in self.needed,
         )
         self.links = RingLinks(host, nursery, user)
 
@@ -227,6 +229,7 @@ async def test_strangers_fill_no_memory(make_end, until, monkeypatch) -> None:
         assert a.up_lost == [b.peer]  # the newer one that replaced it
         assert c.peer in a.links.upstreams
         # No more links out than are allowed.
+        c.needed = {a.peer}
         c.links.send_to_stage(b.peer, open_to(b.peer, b.host.addresses))
         await until(lambda: c.down_lost)
         assert "allowed" in c.down_lost[0][1]
@@ -242,6 +245,21 @@ async def test_links_without_sessions_keep_nobody_out(make_end, until, monkeypat
             await until(lambda: any(peer == end.peer for peer, _ in a.got))  # noqa: B023 - awaited here
         assert a.up_lost == [c.peer]  # newer than b's, but no session runs over it
         assert set(a.links.upstreams) == {b.peer, d.peer}
+
+
+async def test_links_out_that_no_session_needs_keep_none_from_being_opened(
+    make_end, until, monkeypatch
+) -> None:
+    """Who opens a session decides which stage is next, and the one after that."""
+    monkeypatch.setattr(links_module, "MAX_DOWNSTREAMS", 2)
+    async with make_end() as a, make_end() as b, make_end() as c, make_end() as d:
+        a.needed = {b.peer}
+        for end in (b, c, d):
+            a.links.send_to_stage(end.peer, open_to(end.peer, end.host.addresses))
+            await until(lambda: end.got)  # noqa: B023 - awaited here
+        assert a.links.downstreams == (b.peer, d.peer)
+        await until(lambda: c.up_lost == [a.peer])
+        assert a.down_lost == []
 
 
 async def test_a_newer_link_of_a_peer_replaces_the_older(make_end, until) -> None:
