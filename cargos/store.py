@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import IO, Final
@@ -28,7 +28,7 @@ from cargos.errors import CargoError, FetchFailed, ManifestError, SourceFailed, 
 from cargos.from_peers import PieceFetcher, fill_from_peers
 from cargos.locator import FileLocator, is_local, parse_locator_untrusted
 from cargos.lock import file_lock
-from cargos.manifest import CargoFile, Manifest, canonical_json
+from cargos.manifest import ROLE_DRAFT, CargoFile, Manifest, canonical_json
 from cargos.manifest_text import MAX_MANIFEST_BYTES, parse_manifest_untrusted
 from cargos.part import READ_BYTES, Part, store_errors
 from cargos.progress import FetchProgress, FetchState, ProgressCallback
@@ -55,7 +55,9 @@ def default_root(environment: Mapping[str, str]) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class StoredCargo:
-    """A Cargo that was fetched. `present`: all its files are there with their sizes (not re-hashed)."""
+    """A Cargo that was fetched. `present`: all files that it takes to run it are there with their sizes (not
+    re-hashed).
+    """
 
     manifest: Manifest
     digest: CargoDigest
@@ -89,25 +91,27 @@ class CargoStore:
         progress: ProgressCallback | None = None,
         verify: bool = False,
         peers: PieceFetcher | None = None,
+        drafts: bool = True,
     ) -> dict[str, Path]:
         """Every file of the Cargo, verified, by name; fetched where it is not there yet.
 
-        `base`: directory of the manifest file if it lies on this machine, else None (`CargoEntry.base`).
-        `verify`: hash files again that were verified before. `peers`: asked before the sources for files that
-        have pieces. Raises FetchFailed, StoreUnusable.
+        `drafts`: also what only heads of chains need. `base`: directory of the manifest file if it lies on this
+        machine, else None (`CargoEntry.base`). `verify`: hash files again that were verified before. `peers`:
+        asked before the sources for files that have pieces. Raises FetchFailed, StoreUnusable.
         """
         tell = progress or _ignore
         await trio.to_thread.run_sync(self._prepare)
+        files = [file for file in manifest.files if drafts or file.role != ROLE_DRAFT]
         for _ in range(LINK_ATTEMPTS):
-            missing = [file for file in manifest.files if not await self._ready(file, verify=verify)]
-            for file in manifest.files:
+            missing = [file for file in files if not await self._ready(file, verify=verify)]
+            for file in files:
                 if file not in missing:
                     tell(FetchProgress(file.name, "", file.size_bytes, file.size_bytes, "done"))
             await trio.to_thread.run_sync(self._check_space, missing)
             for file in missing:
                 await self._obtain(file, None if base is None else Path(base), tell, peers, verify=verify)
             async with file_lock(self.root / "locks" / "cargos.lock"):
-                paths = await trio.to_thread.run_sync(self._link, manifest)
+                paths = await trio.to_thread.run_sync(self._link, manifest, files)
             if paths is not None:
                 return paths
         raise StoreUnusable(
@@ -141,7 +145,11 @@ class CargoStore:
                     manifest = parse_manifest_untrusted(file.read(MAX_MANIFEST_BYTES + 1), "json")
             except (OSError, ManifestError):
                 continue  # being removed, or written by a later schema: not ours to show
-            present = all(self._size(path.parent / "files" / f.name) == f.size_bytes for f in manifest.files)
+            present = all(
+                self._size(path.parent / "files" / file.name) == file.size_bytes
+                for file in manifest.files
+                if file.role != ROLE_DRAFT
+            )
             found.append(StoredCargo(manifest, manifest.digest, present))
         return sorted(found, key=lambda cargo: (cargo.manifest.name, cargo.manifest.version))
 
@@ -415,12 +423,12 @@ class CargoStore:
                 path.unlink(missing_ok=True)
         return size
 
-    def _link(self, manifest: Manifest) -> dict[str, Path] | None:
+    def _link(self, manifest: Manifest, files: Sequence[CargoFile]) -> dict[str, Path] | None:
         """The Cargo's own folder, with its files under their names. None if a blob is gone."""
         folder = self.root / "cargos" / _folder(manifest.digest)
         paths: dict[str, Path] = {}
         with store_errors(folder):
-            for file in manifest.files:
+            for file in files:
                 path, blob = folder / "files" / file.name, self._blob(file)
                 if not blob.exists():
                     return None

@@ -338,7 +338,7 @@ class Island:
             while files is None:
                 try:
                     files = await self.store.ensure(
-                        manifest, base=hosted.entry.base, progress=note, peers=peers
+                        manifest, base=hosted.entry.base, progress=note, peers=peers, drafts=False
                     )
                 except FetchFailed as error:  # sources come back, and peers that have it come
                     self._give_up_cargo(hosted, str(error))

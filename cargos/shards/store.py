@@ -226,7 +226,7 @@ class _Job:
 
     async def _fetch_whole(self) -> Path:
         try:
-            paths = await self._store.ensure(self._manifest, base=self._base, progress=self._tell)
+            paths = await self._store.ensure(self._manifest, base=self._base, progress=self._tell, drafts=False)
         except FetchFailed as error:
             causes = tuple(self._causes) + tuple(zip(self._file.sources, error.causes, strict=False))
             raise FetchFailed(self._file.name, causes) from error

@@ -10,7 +10,7 @@ from typing import Final, Literal, TypeAlias
 import trio
 
 from cargos.catalogue import CargoEntry
-from cargos.manifest import Manifest, Sharding
+from cargos.manifest import ROLE_DRAFT, Manifest, Sharding
 from cargos.runtimes.shards.base import StageLoad, StageRuntime
 from node.config import ShardSettings
 from protocol.limits import MIB
@@ -30,12 +30,13 @@ def runs_whole(manifest: Manifest, settings: ShardSettings, left_mib: int) -> bo
 
 
 def whole_mib(manifest: Manifest, settings: ShardSettings) -> int:
-    """What a Cargo takes as a whole: its files, and the memory of its sequences."""
+    """What a Cargo takes as a whole: its files without drafts, and the memory of its sequences."""
     sequences = 0
     if manifest.sharding is not None:
         tokens = settings.slots * (settings.context_length or manifest.context_length)
         sequences = manifest.sharding.kv_bytes * manifest.sharding.layers * tokens
-    return -(-(manifest.total_bytes + sequences) // MIB)
+    files = sum(file.size_bytes for file in manifest.files if file.role != ROLE_DRAFT)
+    return -(-(files + sequences) // MIB)
 
 
 def share_out(

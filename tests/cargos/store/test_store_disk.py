@@ -4,10 +4,11 @@ import hashlib
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cargos.errors import CargoError, FetchFailed, StoreUnusable, WrongContent
-from cargos.manifest import MAX_FILE_BYTES
+from cargos.manifest import MAX_FILE_BYTES, ROLE_DRAFT
 from cargos.store import CargoStore, default_root
 
 MIB = 1024 * 1024
@@ -56,6 +57,20 @@ async def test_one_file_of_a_cargo_alone(store, cargo, blob, shop):
     assert await store.ensure_file(manifest.files[0], base=shop) == path
     with pytest.raises(FetchFailed, match="gone"):
         await store.ensure_file(manifest.files[1], base=shop)
+
+
+async def test_who_runs_a_cargo_whole_leaves_its_draft(store, cargo, blob, shop):
+    (shop / "m").write_bytes(blob(MIB))
+    plain = cargo(("m.gguf", blob(MIB), ["file:m"]), ("small.gguf", blob(MIB, 2), ["file:d"]))
+    small = msgspec.structs.replace(plain.files[1], role=ROLE_DRAFT)
+    manifest = msgspec.structs.replace(plain, files=(plain.files[0], small))
+    paths = await store.ensure(manifest, base=shop, drafts=False)
+    assert set(paths) == {"m.gguf"}
+    assert [stored.present for stored in store.list()] == [True]
+    with pytest.raises(FetchFailed, match="small"):
+        await store.ensure(manifest, base=shop)
+    (shop / "d").write_bytes(blob(MIB, 2))
+    assert set(await store.ensure(manifest, base=shop)) == {"m.gguf", "small.gguf"}
 
 
 async def test_bad_local_files(store, cargo, blob, shop, leftovers):

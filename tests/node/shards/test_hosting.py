@@ -17,6 +17,7 @@ import node.shards.hosting as hosting_module
 import node.shards.memory as memory_module
 from cargos.catalogue import CargoEntry
 from cargos.errors import CargoError
+from cargos.manifest import ROLE_DRAFT
 from cargos.resolve import resolve_cargo
 from cargos.runtimes.base import RuntimeFailed
 from cargos.shards.store import Removed
@@ -186,6 +187,10 @@ def test_what_fits_is_run_whole(entry: CargoEntry) -> None:
     assert left == 1000 - whole_mib(small.manifest, roomy) - whole_mib(entry.manifest, roomy)
     tight = msgspec.structs.replace(roomy, memory_mib=whole_mib(entry.manifest, roomy) - 1)
     assert share_out([entry], tight) == ([], [entry], tight.memory_mib)
+    # What only heads of chains draft with is not fetched by who has all of it, and takes no memory there.
+    extra = msgspec.structs.replace(small.manifest.files[0], role=ROLE_DRAFT)
+    drafted = msgspec.structs.replace(entry.manifest, files=(*entry.manifest.files, extra))
+    assert whole_mib(drafted, roomy) == whole_mib(entry.manifest, roomy)
 
 
 async def test_room_becomes_layers_and_survives_a_restart(island, until, tmp_path: Path) -> None:
