@@ -79,9 +79,14 @@ MAX_PROVIDERS_PER_KEY: Final = 128
 #: Of these from one network group, so that one hosting account does not fill a key.
 MAX_PROVIDERS_PER_GROUP: Final = 16
 
-#: Keys that one peer may provide here, and all provider records here (about 100 bytes each).
+#: Keys that one peer may provide here, providers, and all provider records here (about 100 bytes each). Whoever
+#: provides something stands in the node's address book, a KiB each, until that expires.
 MAX_KEYS_PER_PROVIDER: Final = 256
+MAX_PROVIDERS: Final = 16_384
 MAX_PROVIDER_RECORDS: Final = 131_072
+
+#: A store that is full is searched for what has expired at most once in this time, however many knock.
+SWEEP_GAP_NS: Final = SECOND_NS
 
 # --- own orders -------------------------------------------------------------------------------------
 

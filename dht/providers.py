@@ -8,13 +8,18 @@ from dht.coordinates import UNKNOWN, estimate_ns
 from dht.limits import (
     MAX_KEYS_PER_PROVIDER,
     MAX_PROVIDER_RECORDS,
+    MAX_PROVIDERS,
     MAX_PROVIDERS_IN_ANSWER,
     MAX_PROVIDERS_PER_GROUP,
     MAX_PROVIDERS_PER_KEY,
+    SWEEP_GAP_NS,
 )
 from dht.messages import Outcome
 from protocol.dice import Dice
 from protocol.instants import SECOND_NS, Instant
+
+#: What has expired is dropped this often.
+_SWEEP_NS = 60 * SECOND_NS
 
 
 class Provider(NamedTuple):
@@ -28,26 +33,28 @@ class Provider(NamedTuple):
 class ProviderStore:
     """Providers by key. A full key refuses newcomers: who provides and repeats it stays."""
 
-    __slots__ = ("_by_key", "_by_peer", "_count", "_sweep_at")
+    __slots__ = ("_by_key", "_by_peer", "_count", "_swept_at")
 
     def __init__(self) -> None:
         self._by_key: dict[int, dict[int, Provider]] = {}
         self._by_peer: dict[int, int] = {}
         self._count = 0
-        self._sweep_at = 0
+        self._swept_at = -_SWEEP_NS
 
     def __len__(self) -> int:
         return self._count
 
     def add(self, key: int, peer: int, now: Instant, *, coordinate: int, ttl_ns: int, group: int) -> Outcome:
         """Keep that `peer`, of this network group, provides `key` for another `ttl_ns`, if bounds allow it."""
-        if now >= self._sweep_at:
+        if now >= self._swept_at + _SWEEP_NS:
             self.expire(now)
         of_key = self._by_key.get(key)
         if of_key is not None and peer in of_key:
             of_key[peer] = Provider(now + ttl_ns, coordinate, group)
             return Outcome.TAKEN
         if not self._has_room(of_key, peer, group):
+            if now < self._swept_at + SWEEP_GAP_NS:
+                return Outcome.FULL
             self.expire(now)
             if not self._has_room(self._by_key.get(key), peer, group):
                 return Outcome.FULL
@@ -58,6 +65,8 @@ class ProviderStore:
 
     def _has_room(self, of_key: dict[int, Provider] | None, peer: int, group: int) -> bool:
         if self._count >= MAX_PROVIDER_RECORDS or self._by_peer.get(peer, 0) >= MAX_KEYS_PER_PROVIDER:
+            return False
+        if peer not in self._by_peer and len(self._by_peer) >= MAX_PROVIDERS:
             return False
         if of_key is None:
             return True
@@ -101,7 +110,7 @@ class ProviderStore:
 
     def expire(self, now: Instant) -> None:
         """Drop what has expired; `add` does it once a minute."""
-        self._sweep_at = now + 60 * SECOND_NS
+        self._swept_at = now
         gone = [
             (key, peer)
             for key, of_key in self._by_key.items()

@@ -27,15 +27,19 @@ from dht.limits import (
     MAX_RECORDS_PER_KEY,
     MAX_RECORDS_PER_SENDER,
     MAX_STORED_RECORD_BYTES,
+    SWEEP_GAP_NS,
 )
 from dht.messages import Outcome
 from protocol.codec import Codec, Message
 from protocol.envelope import Envelope, Opened, Signer, open_untrusted
 from protocol.errors import Fault, ProtocolError
 from protocol.ids import PeerId
-from protocol.instants import UnixNs
+from protocol.instants import SECOND_NS, UnixNs
 
 RECORD_KIND: Final = "dht-record"
+
+#: What has expired is dropped this often.
+_SWEEP_NS: Final = 60 * SECOND_NS
 
 #: Only the peer itself writes at its name.
 NAMESPACE_PEER: Final = "peer"
@@ -102,7 +106,7 @@ class Held(NamedTuple):
 class RecordStore:
     """Records by key and issuer. Whether we should hold a key at all, the caller decides first."""
 
-    __slots__ = ("_by_issuer", "_by_key", "_by_sender", "_bytes", "_count", "_sweep_at_unix_ns")
+    __slots__ = ("_by_issuer", "_by_key", "_by_sender", "_bytes", "_count", "_swept_unix_ns")
 
     def __init__(self) -> None:
         self._by_key: dict[int, dict[PeerId, Held]] = {}
@@ -110,7 +114,7 @@ class RecordStore:
         self._by_sender: dict[int, int] = {}
         self._count = 0
         self._bytes = 0
-        self._sweep_at_unix_ns = 0
+        self._swept_unix_ns = 0
 
     def __len__(self) -> int:
         return self._count
@@ -125,6 +129,8 @@ class RecordStore:
             return Outcome.TAKEN if same else Outcome.OLDER
         self._expire_some(now)
         if held is None and not self._has_room(key, issuer, sender):
+            if 0 <= now - self._swept_unix_ns < SWEEP_GAP_NS:
+                return Outcome.FULL
             self.expire(now)
             if not self._has_room(key, issuer, sender):
                 return Outcome.FULL
@@ -166,12 +172,12 @@ class RecordStore:
 
     def _expire_some(self, now: UnixNs) -> None:
         """A full sweep at most once a minute, so that storing stays cheap."""
-        if now >= self._sweep_at_unix_ns:
+        if not 0 <= now - self._swept_unix_ns < _SWEEP_NS:  # or the clock was set back
             self.expire(now)
 
     def expire(self, now: UnixNs) -> None:
         """Drop what has expired."""
-        self._sweep_at_unix_ns = now + 60 * 1_000_000_000
+        self._swept_unix_ns = now
         gone = [
             (key, issuer)
             for key, of_issuers in self._by_key.items()

@@ -50,6 +50,7 @@ class AddressBook:
 
     def __init__(self, me: PeerId, *, capacity: int = MAX_BOOK) -> None:
         self._capacity = capacity
+        self._room_at = capacity  # when to make room next
         self._entries: OrderedDict[int, _Entry] = OrderedDict()  # least recently used first
         self._numbers: dict[PeerId, int] = {}
         self._next = 0
@@ -68,7 +69,7 @@ class AddressBook:
         if number is not None:
             self._entries.move_to_end(number)
             return number
-        if len(self._entries) >= self._capacity:
+        if len(self._entries) >= self._room_at:
             self._make_room()
         number, self._next = self._next, self._next + 1
         self._entries[number] = _Entry(peer)
@@ -198,6 +199,8 @@ class AddressBook:
         for number in leaving:
             del self._numbers[self._entries.pop(number).peer]
             del self.keys[number]
+        # With more in use than there should be, one look at all of it for each newcomer would be a burden.
+        self._room_at = max(self._capacity, len(self._entries) + self._capacity // 16)
 
 
 def _group_of(addresses: tuple[str, ...]) -> int:

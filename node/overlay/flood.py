@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Final
 
 import trio
@@ -16,6 +17,10 @@ BURST_PER_PEER: Final = 400.0
 #: Of all peers together: half a core. Answers to what we asked are not counted here.
 RATE_IN_ALL: Final = 2500.0
 BURST_IN_ALL: Final = 10_000.0
+
+
+#: Peers that are counted, the one heard of longest ago forgotten first: more than there may be connections.
+MAX_COUNTED: Final = 8192
 
 
 class _Bucket:
@@ -44,7 +49,7 @@ class FloodGuard:
     def __init__(self) -> None:
         self.refused = 0
         self._all = _Bucket(RATE_IN_ALL, BURST_IN_ALL)
-        self._peers: dict[PeerId, _Bucket] = {}
+        self._peers: OrderedDict[PeerId, _Bucket] = OrderedDict()
 
     def admit(self, peer: PeerId, *, awaited: bool) -> bool:
         """`awaited`: we asked this peer something and have no answer yet."""
@@ -52,6 +57,10 @@ class FloodGuard:
         bucket = self._peers.get(peer)
         if bucket is None:
             bucket = self._peers[peer] = _Bucket(RATE_PER_PEER, BURST_PER_PEER)
+            if len(self._peers) > MAX_COUNTED:
+                self._peers.popitem(last=False)
+        else:
+            self._peers.move_to_end(peer)
         if bucket.take(now) and (awaited or self._all.take(now)):
             return True
         self.refused += 1

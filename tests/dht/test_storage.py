@@ -205,6 +205,30 @@ def test_one_network_and_one_peer_have_shares() -> None:
     assert sum(taken) == limits.MAX_KEYS_PER_PROVIDER
 
 
+def test_providers_have_a_bound_and_a_full_store_is_not_searched_for_each_who_knocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dht.providers.MAX_PROVIDERS", 10)
+    store = ProviderStore()
+    sweeps = 0
+    expire = ProviderStore.expire
+
+    def counted(self: ProviderStore, now: Instant) -> None:
+        nonlocal sweeps
+        sweeps += 1
+        expire(self, now)
+
+    monkeypatch.setattr(ProviderStore, "expire", counted)
+    for peer in range(100):
+        now = Instant(peer * SECOND_NS // 1000)
+        outcome = store.add(peer, peer, now, coordinate=0, ttl_ns=HOUR, group=0)
+        assert outcome == (Outcome.TAKEN if peer < 10 else Outcome.FULL)
+    assert store.add(7, 3, now, coordinate=0, ttl_ns=HOUR, group=0) == Outcome.TAKEN  # one that is here
+    assert sweeps == 1
+    late = Instant(2 * HOUR)
+    assert store.add(7, 50, late, coordinate=0, ttl_ns=HOUR, group=0) == Outcome.TAKEN
+
+
 def test_all_provider_records_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dht.providers.MAX_PROVIDER_RECORDS", 5)
     store = ProviderStore()

@@ -456,6 +456,26 @@ def test_the_book_is_bounded_and_keeps_what_is_in_use() -> None:
         book.number_of(peer)  # all in use: what refers to them bounds the book then
 
 
+def test_a_book_of_which_all_is_in_use_is_not_searched_for_each_newcomer() -> None:
+    book = AddressBook(new_identity().peer, capacity=32)
+    looks = 0
+
+    def in_use() -> range:
+        nonlocal looks
+        looks += 1
+        return range(1000)
+
+    book.in_use = in_use
+    for peer in (new_identity().peer for _ in range(96)):
+        book.number_of(peer)
+    assert len(book) == 97
+    assert looks <= 40
+    book.in_use = frozenset  # nothing any more
+    for peer in (new_identity().peer for _ in range(4)):
+        book.number_of(peer)
+    assert len(book) <= 32
+
+
 def test_ones_own_word_counts_more_than_hearsay() -> None:
     book = AddressBook(new_identity().peer)
     peer = new_identity().peer
