@@ -382,7 +382,8 @@ class Island:
             hosted.state, hosted.detail = load.state, load.detail
             if load.state != last:
                 last = load.state
-                _log.info(
+                tell = _log.warning if load.state == "failed" else _log.info
+                tell(
                     "cargo state",
                     cargo=hosted.entry.manifest.name,
                     state=load.state,

@@ -34,8 +34,9 @@ _GRAMMAR_CHUNK: Final = 256
 #: Longest value of a metadata key we read (chat templates reach some 30 KB).
 _MAX_META_BYTES: Final = 1 << 20
 
-_LOG_WARN: Final = 2
-_LOG_ERROR: Final = 3
+#: ggml.h's own numbers; those in a comment of llama-cpp-python are of an older one.
+_LOG_WARN: Final = 3
+_LOG_ERROR: Final = 4
 _ATTR_CONTROL: Final = 1 << 3
 _VOCABULARY_NONE: Final = 0
 
@@ -92,6 +93,7 @@ class Model:
         callback = _c.llama_progress_callback(report)
         params.progress_callback = callback
         encoded = [os.fsencode(path) for path in paths]
+        _log.lines.clear()  # of an earlier failure
         if len(encoded) == 1:
             self._model = _c.llama_model_load_from_file(encoded[0], params)
         else:
