@@ -38,14 +38,18 @@ TOKENS = 64
 def drafted(target: str = TARGET, draft: str = DRAFT) -> Manifest:
     """The Cargo `target` with the model of `draft` to draft with. Raises SystemExit if they do not fit."""
     large, small = resolve_cargo(target).manifest, resolve_cargo(draft).manifest
-    weights, sharding = small.file_with_role("model"), large.sharding
-    if weights is None or sharding is None:
-        raise SystemExit(f"{target} can not be spread, or {draft} has no model")
+    weights, sharding, spread = small.file_with_role("model"), large.sharding, small.sharding
+    if weights is None or sharding is None or spread is None:
+        raise SystemExit(f"the manifests of {target} and {draft} do not say what they take up")
     return msgspec.structs.replace(
         large,
         name=f"{target}-drafted",
         files=(*large.files, msgspec.structs.replace(weights, role=ROLE_DRAFT)),
-        sharding=msgspec.structs.replace(sharding, head_bytes=sharding.head_bytes + weights.size_bytes),
+        sharding=msgspec.structs.replace(
+            sharding,
+            head_bytes=sharding.head_bytes + weights.size_bytes,
+            draft_kv_bytes=spread.kv_bytes * spread.layers,
+        ),
     )
 
 

@@ -120,8 +120,9 @@ class Sharding(_Part, frozen=True, kw_only=True):
 
     `width`: values in a row between layers. `layer_bytes`: weights of each layer. `embedding_bytes`: what the
     stage with layer 0 holds beside its layers, `head_bytes` what the stage with the last one does (vocabulary
-    head, final norm and tokenizer; embeddings that serve as head count in both). `kv_bytes`: keys and
-    values of one token in one layer, in f16.
+    head, final norm and tokenizer; embeddings that serve as head count in both; the file with the role
+    'draft', too). `kv_bytes`: keys and values of one token in one layer, in f16; `draft_kv_bytes`: in all
+    layers of the model to draft with.
     """
 
     architecture: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_.-]*\Z", max_length=MAX_ARCHITECTURE_CHARS)]
@@ -133,6 +134,7 @@ class Sharding(_Part, frozen=True, kw_only=True):
     embedding_bytes: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES)]
     head_bytes: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES)]
     kv_bytes: Annotated[int, Meta(ge=1, le=MAX_KV_BYTES)]
+    draft_kv_bytes: Annotated[int, Meta(ge=0, le=MAX_KV_BYTES)] = 0
 
     def stage_bytes(self, first: int, last: int) -> int:
         """Weights that a stage with layers `first` to `last` (exclusive) holds in memory."""

@@ -111,6 +111,7 @@ EXPECTED: Final[dict[str, str]] = {
     "sharding.embedding_bytes": "a whole number of bytes",
     "sharding.head_bytes": "a whole number of bytes",
     "sharding.kv_bytes": f"a whole number of bytes between 1 and {MAX_KV_BYTES}",
+    "sharding.draft_kv_bytes": f"a whole number of bytes, at most {MAX_KV_BYTES}",
     "defaults": "a table of sampling defaults and system_prompt",
     "defaults.system_prompt": f"text of 1 to {MAX_SYSTEM_PROMPT_CHARS} characters",
     "defaults.temperature": "a number between 0 and 2",

@@ -134,6 +134,9 @@ class Sizes(Protocol):
     @property
     def kv_bytes(self) -> int: ...
 
+    @property
+    def draft_kv_bytes(self) -> int: ...
+
 
 class ModelShape:
     """What each part of a model takes up: weights, and the memory of `slots` sequences of `context` tokens."""
@@ -158,9 +161,10 @@ class ModelShape:
     @staticmethod
     def of_sharding(sharding: Sizes, *, slots: int, context: int) -> ModelShape:
         """`slots` sequences of `context` tokens at a time on each Island."""
-        memory = sharding.kv_bytes * slots * context
-        layers = [size + memory for size in sharding.layer_bytes]
-        return ModelShape(layers, sharding.embedding_bytes, sharding.head_bytes)
+        tokens = slots * context
+        layers = [size + sharding.kv_bytes * tokens for size in sharding.layer_bytes]
+        head_bytes = sharding.head_bytes + sharding.draft_kv_bytes * tokens
+        return ModelShape(layers, sharding.embedding_bytes, head_bytes)
 
     def bytes_of(self, first: int, last: int) -> int:
         """What an Island needs for layers `first` to `last`, with the embedding or the head at the ends."""

@@ -148,6 +148,7 @@ FULL = {
         "embedding_bytes": 2,
         "head_bytes": 3,
         "kv_bytes": 9,
+        "draft_kv_bytes": 7,
     },
 }
 PIECES = {"piece_bytes": 1 << 20, "pieces_sha256": "1" * 64}

@@ -133,13 +133,14 @@ def test_a_models_parts_are_counted_at_its_ends():
         embedding_bytes = 100
         head_bytes = 200
         kv_bytes = 2
+        draft_kv_bytes = 5
 
     shape = ModelShape.of_sharding(Sizes(), slots=2, context=3)
     assert shape.layer_bytes == (22, 32, 42)
     assert shape.bytes_of(0, 1) == 122
     assert shape.bytes_of(1, 2) == 32
-    assert shape.bytes_of(1, 3) == 32 + 42 + 200
-    assert shape.total_bytes == shape.bytes_of(0, 3) == 22 + 32 + 42 + 300
+    assert shape.bytes_of(1, 3) == 32 + 42 + 200 + 5 * 6
+    assert shape.total_bytes == shape.bytes_of(0, 3) == 22 + 32 + 42 + 330
     with pytest.raises(ValueError, match="layers"):
         ModelShape([], 1, 1)
     with pytest.raises(ValueError, match="negative"):
