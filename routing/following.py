@@ -59,6 +59,7 @@ from routing.following_events import (
     Unwant,
     Want,
 )
+from routing.gossip_peers import Budget
 from routing.notary import Notary
 from routing.referrals import CoordinatorBook
 
@@ -72,6 +73,11 @@ LATE_NS: Final = 2 * SECOND_NS
 
 #: How often expired adverts are looked for, and whether other coordinators have more of a Cargo.
 REVIEW_NS: Final = 10 * SECOND_NS
+
+#: Adverts that one coordinator may make us verify: all that it may show of 64 Cargos at once, and then what 128
+#: busy Islands have to say. A tenth of a second of processor time a second.
+SHOWN_PER_S: Final = 1000
+SHOWN_BURST: Final = 16_384
 
 #: Who lied (a signature that does not match) is left alone for so long.
 LIAR_NS: Final = 3600 * SECOND_NS
@@ -96,6 +102,7 @@ class _Link:
 
     heard: Instant
     vouched: Instant
+    budget: Budget
     cargos: dict[CargoName, _Subscription] = field(default_factory=dict[CargoName, _Subscription])
 
 
@@ -224,7 +231,10 @@ class Follower(Generic[P]):
             case IslandsPushed(cargo=cargo) if link is None or cargo not in link.cargos:
                 if peer in self.candidates:
                     self._send(peer, Unfollow(cargo))  # we left; it did not hear
-            case IslandsPushed() if link is not None:
+            case IslandsPushed(islands=islands) if link is not None:
+                if not link.budget.take(now, 1 + len(islands)):
+                    self._drop_link(now, peer, "floods", LIAR_NS, lied=True)
+                    return
                 self._heard(now, peer, link)
                 self._pushed(now, peer, link.cargos[message.cargo], message)
             case Following(call, cargo) if link is not None:
@@ -364,7 +374,7 @@ class Follower(Generic[P]):
     def _subscribe(self, now: Instant, cargo: CargoName, peer: P, current: list[P], order: list[P]) -> None:
         link = self._links.get(peer)
         if link is None:
-            link = self._links[peer] = _Link(now, now)
+            link = self._links[peer] = _Link(now, now, Budget.full(SHOWN_PER_S, SHOWN_BURST, now))
         self._follow(now, peer, link, cargo)
         current.append(peer)
         order.remove(peer)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from protocol.coordination import AdvertPut, AdvertTaken, Follow, IslandsPushed, SeenIsland
+from protocol.coordination import AdvertPut, AdvertTaken, Follow, IslandsPushed, PushTaken, SeenIsland
 from protocol.dice import Dice
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant, UnixNs
 from protocol.machine import Effect, Received, Send, Woken
@@ -450,6 +450,28 @@ def test_a_liar_is_not_forgiven_because_it_connects_anew(kit: Any) -> None:
         world.order(GATEWAY, following_events.CoordinatorUp(1))
         world.run(SECOND_NS)
     assert len(liar.heard) < 5
+    assert town.machine(GATEWAY).coordinators(town.cargo) == (2, 3)
+
+
+def test_a_coordinator_that_shows_and_shows_is_left(kit: Any) -> None:
+    """Every push is in order, and each costs as many signatures to check as one push may hold."""
+    islands = tuple(
+        SeenIsland(PlainNotary(n).seal_advert(kit.advert(), sequence=1, expires_unix_ns=UnixNs(1 << 62)))
+        for n in range(1000, 1128)
+    )
+
+    def show(message: Any) -> list[Any]:
+        if not isinstance(message, Follow):
+            return []
+        return [IslandsPushed(1000 * message.call + i, message.cargo, islands, ()) for i in range(200)]
+
+    town = Town(kit, islands=())
+    world, liar = town.world, Liar(show)
+    world.add(1, liar)
+    world.order(GATEWAY, Want(town.cargo))
+    world.run(10 * SECOND_NS)
+    assert "floods" in [lost.reason for lost in world.events(GATEWAY, following_events.CoordinatorLost)]
+    assert len([m for m in liar.heard if isinstance(m, PushTaken)]) <= 140
     assert town.machine(GATEWAY).coordinators(town.cargo) == (2, 3)
 
 
