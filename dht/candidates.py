@@ -43,9 +43,11 @@ class Candidates:
         if NOBODY in held:
             slot = first + held.index(NOBODY)
         elif nearest:
-            slot = max(range(first, end), key=lambda s: _distance(coordinates[s], own))
-            if _distance(coordinate, own) >= _distance(coordinates[slot], own):
+            distances = [_distance(there, own) for there in coordinates[first:end]]
+            farthest = max(distances)
+            if _distance(coordinate, own) >= farthest:
                 return
+            slot = first + distances.index(farthest)
         else:
             peers[first + 1 : end] = peers[first : end - 1]
             coordinates[first + 1 : end] = coordinates[first : end - 1]

@@ -22,6 +22,10 @@ ASKED: Final = 4
 SPOKE: Final = 8
 TOLD: Final = VERIFIED | SPOKE
 
+# By flags: whether we tell others of such an entry, and whether we ask it.
+_TO_TELL: Final = tuple(bool(flags & TOLD) and not flags & SUSPECT for flags in range(256))
+_TO_ASK: Final = tuple(not flags & SUSPECT for flags in range(256))
+
 NEVER_US: Final = 0
 MAX_RTT_US: Final = 0xFFFF_FFFF
 US: Final = 1000
@@ -97,11 +101,13 @@ class Columns:
         """Place of the peer's entry, -1 if it has none."""
         starts = self.starts
         bucket = KEY_BITS - (self._key ^ self._keys[peer]).bit_length()
-        bucket = min(bucket, len(starts) - 2)
-        try:
-            return self.peers.index(peer, starts[bucket], starts[bucket + 1])
-        except ValueError:
-            return -1
+        last = len(starts) - 2
+        bucket = min(bucket, last)
+        start, end = starts[bucket], starts[bucket + 1]
+        # Looked for first: who is not there would cost an exception, and half of those asked for are not.
+        if peer in self.peers[start:end]:
+            return self.peers.index(peer, start, end)
+        return -1
 
     def closest(self, target: int, count: int, *, told: bool = False) -> list[int]:
         """Places of the `count` entries closest to `target`, closest first, without suspects. `told`: verified
@@ -136,17 +142,12 @@ class Columns:
 
     def _sorted_bucket(self, bucket: int, target: int, told: bool) -> list[int]:  # noqa: FBT001 - hot path
         start, end = self.starts[bucket], self.starts[bucket + 1]
-        keys = self._keys
-        distances = [keys[peer] ^ target for peer in self.peers[start:end]]
-        flags = self.flags
-        if told:
-            chosen = [
-                i for i in range(end - start) if flags[start + i] & TOLD and not flags[start + i] & SUSPECT
-            ]
-        else:
-            chosen = [i for i in range(end - start) if not flags[start + i] & SUSPECT]
-        chosen.sort(key=distances.__getitem__)
-        return [start + i for i in chosen]
+        keys, peers = self._keys, self.peers
+        fit = _TO_TELL if told else _TO_ASK
+        flags = enumerate(self.flags[start:end], start)
+        chosen = [(keys[peers[i]] ^ target, i) for i, flag in flags if fit[flag]]
+        chosen.sort()
+        return [i for _, i in chosen]
 
     def near_to(self, coordinate: int, start: int, width: int, asker: int) -> list[int]:
         """Places of verified entries, of `width` from `start` on (round the table), nearest to a coordinate
@@ -157,8 +158,10 @@ class Columns:
         found: list[tuple[int, int]] = []
         for i in range(start, start + min(width, count)):
             place = i % count
-            if flags[place] & 3 == VERIFIED and peers[place] != asker and coordinates[place] != UNKNOWN:
-                found.append((estimate_ns(coordinates[place], coordinate), place))
+            if flags[place] & 3 == VERIFIED:
+                there = coordinates[place]
+                if there != UNKNOWN and peers[place] != asker:
+                    found.append((estimate_ns(there, coordinate), place))
         found.sort()
         return [place for _, place in found]
 
@@ -181,25 +184,38 @@ class Columns:
             new = (7 * old + rtt_us) >> 3
         self.rtts_us[place] = min(max(new, 1), MAX_RTT_US)
 
-    def insert(
-        self, place: int, peer: int, tick: int, *, rtt_us: int, coordinate: int, group: int, flags: int
+    def insert(  # noqa: PLR0913, PLR0917 - one value per column, and the hot path has no time for names
+        self,
+        place: int,
+        peer: int,
+        tick: int,
+        rtt_us: int,
+        coordinate: int,
+        group: int,
+        flags: int,
+        bucket: int,
     ) -> None:
-        starts = self.starts
+        """A new entry at a place of its bucket."""
         self.peers.insert(place, peer)
         self.coordinates.insert(place, coordinate)
-        self.rtts_us.insert(place, min(rtt_us, MAX_RTT_US))
+        self.rtts_us.insert(place, min(MAX_RTT_US, rtt_us))
         self.checked.insert(place, tick)
         self.since.insert(place, tick)
         self.groups.insert(place, group)
         self.flags.insert(place, flags)
-        for bucket in range(self.bucket_of(self._keys[peer]) + 1, len(starts)):
-            starts[bucket] += 1
+        starts = self.starts
+        for later in range(bucket + 1, len(starts)):
+            starts[later] += 1
 
     def take_out(self, place: int, bucket: int) -> None:
-        starts = self.starts
-        for column in (self.peers, self.coordinates, self.rtts_us, self.checked, self.since, self.groups):
-            del column[place]
+        del self.peers[place]
+        del self.coordinates[place]
+        del self.rtts_us[place]
+        del self.checked[place]
+        del self.since[place]
+        del self.groups[place]
         del self.flags[place]
+        starts = self.starts
         for later in range(bucket + 1, len(starts)):
             starts[later] -= 1
 

@@ -19,9 +19,12 @@ from protocol.instants import MILLISECOND_NS, SECOND_NS
 UNKNOWN: Final = 0
 COORDINATE_BITS: Final = 63
 UNIT_BITS: Final = 14
-_UNIT_NS: Final = float(1 << UNIT_BITS)
+UNIT_NS: Final = float(1 << UNIT_BITS)
 _ZERO: Final = 1 << 15
 _MAX_HEIGHT: Final = (1 << 15) - 1
+
+#: Components below this need not be moved to the border.
+_INSIDE_NS: Final = float(_ZERO - 2) * UNIT_NS
 
 #: The error travels as parts of 1000; a node that knows nothing says 1000.
 ERROR_SCALE: Final = 1000
@@ -59,19 +62,19 @@ def pack(x_ns: float, y_ns: float, z_ns: float, height_ns: float) -> int:
     """Rounded to units; what lies outside is moved to the border."""
     packed = 0
     for value in (x_ns, y_ns, z_ns):
-        unit = round(value / _UNIT_NS)
+        unit = round(value / UNIT_NS)
         packed = packed << 16 | (min(max(unit, 1 - _ZERO), _ZERO - 1) + _ZERO)
-    height = min(max(round(height_ns / _UNIT_NS), 0), _MAX_HEIGHT)
+    height = min(max(round(height_ns / UNIT_NS), 0), _MAX_HEIGHT)
     return packed << 15 | height
 
 
 def unpack(packed: int) -> tuple[float, float, float, float]:
     """x, y, z, height in nanoseconds."""
     return (
-        ((packed >> 47) - _ZERO) * _UNIT_NS,
-        ((packed >> 31 & 0xFFFF) - _ZERO) * _UNIT_NS,
-        ((packed >> 15 & 0xFFFF) - _ZERO) * _UNIT_NS,
-        (packed & 0x7FFF) * _UNIT_NS,
+        ((packed >> 47) - _ZERO) * UNIT_NS,
+        ((packed >> 31 & 0xFFFF) - _ZERO) * UNIT_NS,
+        ((packed >> 15 & 0xFFFF) - _ZERO) * UNIT_NS,
+        (packed & 0x7FFF) * UNIT_NS,
     )
 
 
@@ -81,7 +84,7 @@ def estimate_ns(a: int, b: int) -> int:
     dy = (a >> 31 & 0xFFFF) - (b >> 31 & 0xFFFF)
     dz = (a >> 15 & 0xFFFF) - (b >> 15 & 0xFFFF)
     units = sqrt(dx * dx + dy * dy + dz * dz) + (a & 0x7FFF) + (b & 0x7FFF)
-    return int(units * _UNIT_NS)
+    return int(units * UNIT_NS)
 
 
 class Vivaldi:
@@ -90,7 +93,9 @@ class Vivaldi:
     __slots__ = ("_height", "_x", "_y", "_z", "error", "packed")
 
     def __init__(self) -> None:
-        self._x = self._y = self._z = 0.0
+        self._x: float = 0.0
+        self._y: float = 0.0
+        self._z: float = 0.0
         self._height = _MIN_HEIGHT_NS
         self.error = 1.0
         self.packed = pack(0.0, 0.0, 0.0, _MIN_HEIGHT_NS)
@@ -113,36 +118,48 @@ class Vivaldi:
         """
         if remote == UNKNOWN or not _MIN_RTT_NS <= rtt_ns <= _MAX_RTT_NS:
             return False
-        if remote_error_parts >= ERROR_SCALE and self.error < 1.0:
+        error = self.error
+        if remote_error_parts >= ERROR_SCALE and error < 1.0:
             return False  # a newcomer's place says nothing yet; but two newcomers must start somewhere
-        x, y, z, height = unpack(remote)
-        dx, dy, dz = self._x - x, self._y - y, self._z - z
+        # `unpack` and `pack` written out: every answer comes through here.
+        dx = self._x - ((remote >> 47) - _ZERO) * UNIT_NS
+        dy = self._y - ((remote >> 31 & 0xFFFF) - _ZERO) * UNIT_NS
+        dz = self._z - ((remote >> 15 & 0xFFFF) - _ZERO) * UNIT_NS
         flat = sqrt(dx * dx + dy * dy + dz * dz)
-        heights = self._height + height
+        heights = self._height + (remote & 0x7FFF) * UNIT_NS
         estimate = flat + heights
         rtt = float(rtt_ns)
         relative = abs(estimate - rtt) / rtt
-        if self.error < _SETTLED and (estimate > _ABSURD * rtt or rtt > _ABSURD * estimate):
-            self.error = min(1.0, self.error + _DOUBT)
+        if error < _SETTLED and (estimate > _ABSURD * rtt or rtt > _ABSURD * estimate):
+            self.error = min(1.0, error + _DOUBT)
             return False
         remote_error = max(remote_error_parts / ERROR_SCALE, _MIN_REMOTE_ERROR)
-        weight = self.error / (self.error + remote_error)
+        weight = error / (error + remote_error)
         tune = _TUNE_ERROR * weight
-        self.error = min(max(min(relative, 1.0) * tune + self.error * (1.0 - tune), 0.01), 1.0)
-        limit = _MAX_FORCE_NS * min(1.0, _MIN_FORCE_SHARE + 2.0 * self.error)
-        move = min(1.0, _TUNE_MOVE + _TUNE_UNSURE * self.error) * weight
+        self.error = error = min(max(min(relative, 1.0) * tune + error * (1.0 - tune), 0.01), 1.0)
+        limit = _MAX_FORCE_NS * min(1.0, _MIN_FORCE_SHARE + 2.0 * error)
+        move = min(1.0, _TUNE_MOVE + _TUNE_UNSURE * error) * weight
         force = min(max(rtt - estimate, -limit), limit) * move
-        if flat < _UNIT_NS:
+        if flat < UNIT_NS:
             # Two at one place must part in some direction; the dice give each node its own.
             dx, dy, dz = (dice.unit() - 0.5 for _ in range(3))
             flat = sqrt(dx * dx + dy * dy + dz * dz) or 1.0
             flat_share = force / flat
         else:
             flat_share = force / estimate
-        self._x += dx * flat_share
-        self._y += dy * flat_share
-        self._z += dz * flat_share
+        self._x = x = self._x + dx * flat_share
+        self._y = y = self._y + dy * flat_share
+        self._z = z = self._z + dz * flat_share
+        height = self._height
         if estimate > 0.0:
-            self._height = max(self._height + heights * force / estimate, _MIN_HEIGHT_NS)
-        self.packed = pack(self._x, self._y, self._z, self._height)
+            self._height = height = max(height + heights * force / estimate, _MIN_HEIGHT_NS)
+        if -_INSIDE_NS < x < _INSIDE_NS > y > -_INSIDE_NS < z < _INSIDE_NS > height:
+            self.packed = (
+                (round(x / UNIT_NS) + _ZERO) << 47
+                | (round(y / UNIT_NS) + _ZERO) << 31
+                | (round(z / UNIT_NS) + _ZERO) << 15
+                | round(height / UNIT_NS)
+            )
+        else:
+            self.packed = pack(x, y, z, height)
         return True

@@ -16,7 +16,7 @@ from dht.keys import KEY_BITS
 from dht.limits import MAX_OPEN_CALLS
 from dht.messages import DhtMessage, Said
 from dht.policy import DhtPolicy
-from dht.table import ASKED, TICK_BITS, RoutingTable
+from dht.table import ASKED, TICK_BITS, US, RoutingTable
 from protocol.dice import Dice
 from protocol.instants import Instant, UnixNs
 from protocol.machine import Effect, Emit, Send
@@ -104,19 +104,19 @@ class Core:
         """Number of a new call to the peer, `patience` times as long as usual; None if too many are open."""
         if len(self.calls) >= MAX_OPEN_CALLS:
             return None
-        place = self.table.find(peer)
+        table, policy = self.table, self.policy
+        place = table.find(peer)
         rtt_ns = self.rtt_at(place)
-        policy = self.policy
         connect = 0
-        if not self._has_link(place):
+        if (policy.connect_ns or policy.connect_rtts) and not self._has_link(place):
             connect = policy.connect_ns + policy.connect_rtts * rtt_ns
         if place >= 0:
-            self.table.flags[place] |= ASKED
-            self.table.checked[place] = self.tick
+            table.flags[place] |= ASKED
+            table.checked[place] = self.now >> TICK_BITS
         slow = policy.slow_factor * rtt_ns + policy.slow_ns + connect
         fail = policy.timeout_factor * rtt_ns + policy.timeout_ns + connect
         fail = min(max(fail, policy.min_timeout_ns), policy.max_timeout_ns) * patience
-        return self.calls.start(self.now, peer, purpose, operation=operation, slow_ns=slow, fail_ns=fail)
+        return self.calls.start(self.now, peer, purpose, operation, slow, fail)
 
     def _has_link(self, place: int) -> bool:
         """Whether there probably is a connection to this entry: it was measured, and used lately."""
@@ -128,9 +128,10 @@ class Core:
     def rtt_at(self, place: int) -> int:
         """Expected round trip of an entry (-1: of a stranger), nanoseconds."""
         if place >= 0:
-            if measured := self.table.rtt_ns_of(place):
-                return measured
-            coordinate = self.table.coordinates[place]
+            table = self.table
+            if measured_us := table.rtts_us[place]:
+                return measured_us * US
+            coordinate = table.coordinates[place]
             if coordinate != UNKNOWN and self.vivaldi.error < 1.0:
                 return estimate_ns(coordinate, self.vivaldi.packed)
         return self.policy.unknown_rtt_ns
@@ -149,7 +150,7 @@ class Core:
         if self.full is not None:
             self.full.answered(peer, said.coordinate)
         rtt_us = max(rtt_ns // 1000, 1) if rtt_ns > 0 else 0
-        table.answered(peer, self.tick, rtt_us, said.coordinate, self.vivaldi.packed)
+        table.answered(peer, self.now >> TICK_BITS, rtt_us, said.coordinate, self.vivaldi.packed)
 
     def forget(self, peer: int) -> None:
         """The peer is a client: it stands in no table."""
@@ -159,13 +160,11 @@ class Core:
 
     def hear_contacts(self, contacts: Sequence[int], coordinates: Sequence[int], places: Sequence[int]) -> None:
         """What an answer said of others, at these places: hearsay."""
-        table, tick, own = self.table, self.tick, self.vivaldi.packed
-        told = len(coordinates)
-        for place in places:
-            coordinate = coordinates[place] if place < told else UNKNOWN
-            table.heard_of(contacts[place], tick, coordinate, own, self_said=False)
-            if self.full is not None:
-                self.full.heard_of(contacts[place], coordinate)
+        self.table.hear(contacts, coordinates, places, self.now >> TICK_BITS, self.vivaldi.packed)
+        if self.full is not None:
+            told = len(coordinates)
+            for place in places:
+                self.full.heard_of(contacts[place], coordinates[place] if place < told else UNKNOWN)
 
     def closest_peers(self, target: int) -> list[int]:
         """Where a lookup starts."""

@@ -113,6 +113,8 @@ class Lookup:
     def next_peer(self) -> int | None:
         """The next peer to ask (it counts as asked), or None: wait for those asked, or `done`."""
         paths = self.paths
+        if len(paths) == 1:
+            return self._next_of(paths[0])
         for _ in range(len(paths)):
             path = paths[self._turn]
             self._turn = (self._turn + 1) % len(paths)
@@ -124,7 +126,7 @@ class Lookup:
         if path.closed:
             return None
         info = self._info
-        beta = self._beta
+        beta, k = self._beta, self._k
         answered = late = 0
         for rank, (_, peer) in enumerate(path.order):
             code = info[peer]
@@ -149,7 +151,7 @@ class Lookup:
             elif state == SLOW:
                 # Probably dead: who waits for it waits for its whole time-out.
                 late += 1
-            if rank + 1 >= self._k:
+            if rank + 1 >= k:
                 break
         if not path.open and not (path.active or self._may_go_on(path)):
             path.closed = True
@@ -160,6 +162,12 @@ class Lookup:
             return False
         info = self._info
         return any(info[peer] & _STATE_MASK == WAITING for _, peer in path.order[: self._k])
+
+    @property
+    def busy(self) -> bool:
+        """Right after `next_peer` gave somebody: whether it surely has nobody more to give now."""
+        paths = self.paths
+        return len(paths) == 1 and paths[0].active >= self._alpha
 
     def answered(self, peer: int, contacts: Sequence[int]) -> list[int]:
         """The peer answered and named these (at most k of them count). Peers not asked are ignored. Gives the
@@ -178,9 +186,15 @@ class Lookup:
         fresh = [
             place for place, contact in enumerate(contacts[: self._k]) if contact not in info and contact != me
         ]
+        order, window = path.order, WINDOW_FACTOR * self._k
+        code = peer << _REFERRER_SHIFT | depth << _DEPTH_SHIFT | path_number << _PATH_SHIFT | WAITING
         for place in fresh:
             contact = contacts[place]
-            self._add(path_number, contact, keys[contact] ^ target, depth, peer)
+            if len(order) >= window or path.closed:
+                self._add(path_number, contact, keys[contact] ^ target, depth, peer)
+            elif contact not in info:  # `_add`, in the usual case
+                insort(order, (keys[contact] ^ target, contact))
+                info[contact] = code
         return fresh
 
     def failed(self, peer: int) -> None:

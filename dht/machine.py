@@ -58,8 +58,8 @@ from dht.policy import DhtPolicy
 from dht.publishing import Publishing
 from dht.records import Check, open_record_untrusted
 from dht.serving import Serving
-from dht.table import RoutingTable
-from dht.upkeep import Upkeep
+from dht.table import TICK_BITS, RoutingTable
+from dht.upkeep import FOREVER, Upkeep
 from protocol.dice import Dice
 from protocol.envelope import Envelope
 from protocol.errors import ProtocolError
@@ -74,6 +74,8 @@ _MAX_SEEN_RTT_NS = 10 * SECOND_NS
 #: What we assume of the error of a peer whose round trip was measured outside our messages.
 _ASSUMED_ERROR_PARTS = 300
 
+# A tuple, since a union written where it is asked for would be made anew each time.
+_FOUND = (Nodes, Records, Providers)
 _QUERIES = frozenset({Ping, FindNode, FindRecords, FindProvidersOf, Store, AddProvider, GetPage, CompareTables})
 
 
@@ -192,14 +194,18 @@ class DhtMachine:
         return len(self._full) if self._full is not None else 0
 
     def next_wake(self) -> Instant | None:
-        due = self._core.calls.next_due()
-        for other in (self._upkeep.next_due(), self._publishing.next_due()):
-            if other is not None and (due is None or other < due):
+        due = self._upkeep.next_due()
+        other = self._core.calls.next_due()
+        if other is not None and other < due:
+            due = other
+        if self._publishing.waits:
+            other = self._publishing.next_due()
+            if other is not None and other < due:
                 due = other
         if self._full is not None and self._upkeep.running:
             other = self._full.next_due()
-            due = other if due is None else min(due, other)
-        return None if due is None else Instant(due)
+            due = min(due, other)
+        return None if due == FOREVER else Instant(due)
 
     # --- the machine ----------------------------------------------------------------------------------
 
@@ -209,7 +215,7 @@ class DhtMachine:
         core.now = now
         out: list[DhtEffect] = []
         core.out = out
-        if isinstance(what, Received):
+        if type(what) is Received:
             self._message(what.peer, what.message)
         elif isinstance(what, Ordered):
             self._order(what.command)
@@ -260,7 +266,7 @@ class DhtMachine:
             core.forget(peer)
         else:
             own = core.vivaldi.packed
-            core.table.heard_of(peer, core.tick, message.coordinate, own, self_said=True)
+            core.table.heard_of(peer, core.now >> TICK_BITS, message.coordinate, own, self_said=True)
             if not self._upkeep.running:
                 self._upkeep.start(core.now, joined=False)
         self._serve(peer, message)
@@ -298,7 +304,7 @@ class DhtMachine:
             if core.policy.rtt_aware:
                 told = range(min(len(answer.contacts), MAX_PONG_CONTACTS))
                 core.hear_contacts(answer.contacts, answer.coordinates, told)
-        elif isinstance(answer, Nodes | Records | Providers):
+        elif isinstance(answer, _FOUND):
             self._operations.query_answered(call, answer)
         elif isinstance(answer, Kept):
             self._operations.store_answered(call, answer)
@@ -389,4 +395,4 @@ def _fits(call: Call, answer: Said) -> bool:
         return isinstance(answer, Page)
     if call.purpose is Purpose.COMPARE:
         return isinstance(answer, Differences)
-    return isinstance(answer, Nodes | Records | Providers)
+    return isinstance(answer, _FOUND)

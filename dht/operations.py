@@ -282,6 +282,8 @@ class Operations:
                     lookup.failed(peer)
                     continue
                 core.send(peer, self._query(op, call))
+                if lookup.busy:
+                    break
             if lookup.done or self._has_enough(op):
                 self._lookup_over(op)
 

@@ -58,6 +58,11 @@ class Publishing:
     def provides(self, key: int) -> bool:
         return (key, False) in self._entries
 
+    @property
+    def waits(self) -> bool:
+        """Whether `next_due` may know of something: most nodes publish nothing."""
+        return bool(self._timers)
+
     def next_due(self) -> int | None:
         timers = self._timers
         while timers:

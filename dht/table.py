@@ -16,7 +16,9 @@ would not be found.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from math import sqrt
 from typing import Final
 
 from dht.candidates import Candidates
@@ -31,7 +33,7 @@ from dht.columns import (
     Columns,
     Entry,
 )
-from dht.coordinates import UNKNOWN, estimate_ns
+from dht.coordinates import UNIT_NS, UNKNOWN, estimate_ns
 from dht.directory import Directory
 from dht.keys import KEY_BITS
 from dht.policy import DhtPolicy
@@ -42,6 +44,7 @@ __all__ = [
     "SPOKE",
     "SUSPECT",
     "TICK_BITS",
+    "US",
     "VERIFIED",
     "Entry",
     "Failure",
@@ -127,7 +130,8 @@ class RoutingTable(Columns):
         if place < 0:
             return False
         group = self._group(peer)
-        self.insert(place, peer, tick, rtt_us=rtt_us, coordinate=coordinate, group=group, flags=VERIFIED)
+        bucket = self.bucket_of(self._keys[peer])
+        self.insert(place, peer, tick, rtt_us, coordinate, group, VERIFIED, bucket)
         return True
 
     def _refresh(self, place: int, tick: int, rtt_us: int, coordinate: int) -> None:
@@ -144,12 +148,13 @@ class RoutingTable(Columns):
         if key == self._key:
             return -1
         group = self._group(peer)
+        policy = self._policy
         while True:
             bucket = self.bucket_of(key)
             start, end = self.starts[bucket], self.starts[bucket + 1]
-            if not self._group_allowed(group, start, end):
+            if group and not self._group_allowed(group, start, end):
                 return -1
-            if end - start < self._policy.k:
+            if end - start < policy.k:
                 return end
             if (victim := self._weakest_unverified(start, end)) >= 0:
                 self.take_out(victim, bucket)
@@ -159,10 +164,10 @@ class RoutingTable(Columns):
                 continue
             victim = self._victim(bucket, key, rtt_us, coordinate, own)
             if victim < 0:
-                if not self._policy.rtt_aware or not self.is_far(bucket):
+                if not policy.rtt_aware or not self.is_far(bucket):
                     self._candidates.hold(bucket, peer, coordinate, own, nearest=False)
                 return -1
-            if not self._policy.rtt_aware:
+            if not policy.rtt_aware:
                 loser, place = self.peers[victim], self.coordinates[victim]
                 self._candidates.hold(bucket, loser, place, own, nearest=False)
             self.take_out(victim, bucket)
@@ -170,8 +175,7 @@ class RoutingTable(Columns):
 
     def _weakest_unverified(self, start: int, end: int) -> int:
         weakest = -1
-        for place in range(start, end):
-            flags = self.flags[place]
+        for place, flags in enumerate(self.flags[start:end], start):
             if flags & SUSPECT:
                 return place
             if not flags & VERIFIED:
@@ -195,13 +199,14 @@ class RoutingTable(Columns):
 
     def _farthest_junior(self, start: int, end: int, own: int) -> int:
         """The entry with the longest round trip that is not one of the seniors."""
-        seniority = self._policy.senior_entries
-        since = self.since
-        by_age = sorted(range(start, end), key=since.__getitem__)
-        juniors = by_age[seniority:]
-        if not juniors:
-            return -1
-        return max(juniors, key=lambda place: self._rtt_us(place, own))
+        by_age = sorted(range(start, end), key=self.since.__getitem__)
+        rtts_us, coordinates = self.rtts_us, self.coordinates
+        farthest = longest = -1
+        for place in by_age[self._policy.senior_entries :]:
+            rtt_us = rtts_us[place] or self._estimate_us(coordinates[place], own)
+            if rtt_us > longest:
+                farthest, longest = place, rtt_us
+        return farthest
 
     def _rtt_us(self, place: int, own: int) -> int:
         return self.rtts_us[place] or self._estimate_us(self.coordinates[place], own)
@@ -212,6 +217,51 @@ class RoutingTable(Columns):
         return estimate_ns(coordinate, own) // US
 
     # --- heard of, not proved -------------------------------------------------------------------------
+
+    def hear(
+        self, peers: Sequence[int], coordinates: Sequence[int], places: Iterable[int], tick: int, own: int
+    ) -> None:
+        """An answer named these peers (those at `places`): `heard_of`, for each, `self_said` being false. Of
+        all that a node does this is the most: a lookup hears of a hundred.
+        """
+        keys, mine, starts, members = self._keys, self._key, self.starts, self.peers
+        policy = self._policy
+        k, prefers_near = policy.k, policy.rtt_aware
+        last = len(starts) - 2
+        told = len(coordinates)
+        known = -1  # the bucket whose weakest hearsay entry is `victim`, `worst` microseconds away
+        victim = worst = -1
+        for place in places:
+            peer = peers[place]
+            bucket = KEY_BITS - (mine ^ keys[peer]).bit_length()
+            if bucket > last:
+                if bucket >= KEY_BITS:
+                    continue
+                bucket = last
+            start, end = starts[bucket], starts[bucket + 1]
+            if peer in members[start:end]:
+                continue
+            coordinate = coordinates[place] if place < told else UNKNOWN
+            if end - start < k:
+                group = self._group(peer)
+                if not group or self._group_allowed(group, start, end):
+                    self.insert(end, peer, tick, NEVER_US, coordinate, group, 0, bucket)
+                    known = -1
+                continue
+            if len(members) - end < k:
+                self._offer_near(bucket, peer, coordinate, own, self_said=False)
+                known = -1
+                continue
+            if not prefers_near or coordinate == UNKNOWN:
+                continue
+            if bucket != known:
+                known = bucket
+                victim, worst = self._farthest_hearsay(start, end, own)
+            if victim < 0:
+                self._candidates.hold(bucket, peer, coordinate, own, nearest=True)
+            elif estimate_ns(coordinate, own) // US * 100 < worst * policy.swap_percent:
+                self._replace_hearsay(victim, bucket, peer, coordinate, flags=0)
+                known = -1
 
     def heard_of(self, peer: int, tick: int, coordinate: int, own: int, *, self_said: bool) -> None:
         """The peer was named in an answer, or (`self_said`) asked us something. It takes a free place,
@@ -228,7 +278,7 @@ class RoutingTable(Columns):
         start, end = starts[bucket], starts[bucket + 1]
         if peer in self.peers[start:end]:
             if self_said:
-                place = self.find(peer)
+                place = self.peers.index(peer, start, end)
                 if coordinate != UNKNOWN:
                     self.coordinates[place] = coordinate
                 flags = self.flags[place]
@@ -242,41 +292,76 @@ class RoutingTable(Columns):
             if not self._group_allowed(group, start, end):
                 return
             flags = SPOKE if self_said else 0
-            self.insert(end, peer, tick, rtt_us=NEVER_US, coordinate=coordinate, group=group, flags=flags)
+            self.insert(end, peer, tick, NEVER_US, coordinate, group, flags, bucket)
             return
-        self._offer(bucket, peer, coordinate, own, self_said)
+        if self.is_far(bucket):
+            self._offer_far(bucket, peer, coordinate, own, self_said=self_said)
+        else:
+            self._offer_near(bucket, peer, coordinate, own, self_said=self_said)
 
-    def _offer(self, bucket: int, peer: int, coordinate: int, own: int, self_said: bool) -> None:  # noqa: FBT001
+    def _offer_far(self, bucket: int, peer: int, coordinate: int, own: int, *, self_said: bool) -> None:
         """A full bucket hears of one more. Hearsay yields to better hearsay; other entries only to one that
         answers.
         """
         policy = self._policy
-        far = self.is_far(bucket)
-        if far and not (policy.rtt_aware and coordinate != UNKNOWN):
+        if not policy.rtt_aware or coordinate == UNKNOWN:
             if self_said:
                 self._candidates.hold(bucket, peer, coordinate, own, nearest=False)
             return
+        victim, worst = self._farthest_hearsay(self.starts[bucket], self.starts[bucket + 1], own)
+        if victim < 0:
+            self._candidates.hold(bucket, peer, coordinate, own, nearest=True)
+        elif estimate_ns(coordinate, own) // US * 100 < worst * policy.swap_percent:
+            self._replace_hearsay(victim, bucket, peer, coordinate, flags=SPOKE if self_said else 0)
+
+    def _offer_near(self, bucket: int, peer: int, coordinate: int, own: int, *, self_said: bool) -> None:
+        """The same in our own neighbourhood, where the closer key is better."""
         start, end = self.starts[bucket], self.starts[bucket + 1]
         unproven = self.flags.find(_HEARSAY, start, end)
         if unproven < 0:
-            if far or bucket == len(self.starts) - 2 or self._is_closer(peer, start, end):
-                self._candidates.hold(bucket, peer, coordinate, own, nearest=far)
+            if bucket == len(self.starts) - 2 or self._is_closer(peer, start, end):
+                self._candidates.hold(bucket, peer, coordinate, own, nearest=False)
             return
         places = [place for place in range(unproven, end) if not self.flags[place]]
-        if far:
-            victim = max(places, key=lambda place: self._rtt_us(place, own))
-            estimate = self._estimate_us(coordinate, own) * 100
-            better = estimate < self._rtt_us(victim, own) * policy.swap_percent
-        else:
-            mine, keys, peers = self._key, self._keys, self.peers
-            victim = max(places, key=lambda place: keys[peers[place]] ^ mine)
-            better = keys[peer] ^ mine < keys[peers[victim]] ^ mine
+        mine, keys, peers = self._key, self._keys, self.peers
+        victim = max(places, key=lambda place: keys[peers[place]] ^ mine)
+        if keys[peer] ^ mine < keys[peers[victim]] ^ mine:
+            self._replace_hearsay(victim, bucket, peer, coordinate, flags=SPOKE if self_said else 0)
+
+    def _farthest_hearsay(self, start: int, end: int, own: int) -> tuple[int, int]:
+        """Place and round trip (us) of the farthest hearsay entry there, -1 and -1 if there is none."""
+        flags = self.flags
+        place = flags.find(_HEARSAY, start, end)
+        if place < 0:
+            return -1, -1
+        rtts_us, coordinates = self.rtts_us, self.coordinates
+        unknown_us = self._policy.unknown_rtt_ns // US
+        # `estimate_ns` written out, without parting our own coordinate anew for each: nothing is done as often.
+        x, y, z, height = own >> 47, own >> 31 & 0xFFFF, own >> 15 & 0xFFFF, own & 0x7FFF
+        victim = worst = -1
+        while place >= 0:
+            rtt_us = rtts_us[place]
+            if not rtt_us:
+                there = coordinates[place]
+                if there == UNKNOWN:
+                    rtt_us = unknown_us
+                else:
+                    dx, dy, dz = (there >> 47) - x, (there >> 31 & 0xFFFF) - y, (there >> 15 & 0xFFFF) - z
+                    units = sqrt(dx * dx + dy * dy + dz * dz) + (there & 0x7FFF) + height
+                    rtt_us = int(units * UNIT_NS) // US
+            if rtt_us > worst:
+                victim, worst = place, rtt_us
+            place = flags.find(_HEARSAY, place + 1, end)
+        return victim, worst
+
+    def _replace_hearsay(self, victim: int, bucket: int, peer: int, coordinate: int, *, flags: int) -> None:
+        """Another peer that is hearsay takes an entry's place, and is as old as that was."""
+        start, end = self.starts[bucket], self.starts[bucket + 1]
         group = self._group(peer)
-        if better and self._group_allowed(group, start, end):
+        if not group or self._group_allowed(group, start, end):
             tick = self.checked[victim]
             self.take_out(victim, bucket)
-            flags = SPOKE if self_said else 0
-            self.insert(end - 1, peer, tick, rtt_us=NEVER_US, coordinate=coordinate, group=group, flags=flags)
+            self.insert(end - 1, peer, tick, NEVER_US, coordinate, group, flags, bucket)
 
     def _is_closer(self, peer: int, start: int, end: int) -> bool:
         """Whether the peer's key is closer to ours than that of some entry there."""

@@ -9,6 +9,8 @@ strangers make fail never shortens it: only entries that had answered before cou
 
 from __future__ import annotations
 
+from typing import Final
+
 from dht.calls import Purpose
 from dht.core import Core
 from dht.keys import KEY_BITS
@@ -21,6 +23,9 @@ from protocol.instants import Instant
 #: they balance where 3 % of pings fail.
 _GROWTH = 16
 _FALL = 8
+
+#: Later than any instant (146 years).
+FOREVER: Final = 1 << 62
 
 #: Pings open at once because of retries and replacements (those of the interval come on top).
 _MAX_EXTRA_PINGS = 32
@@ -87,12 +92,13 @@ class Upkeep:
         self._look_interval = look
         self._next_look = now + look // 2 + dice.below(look)
 
-    def next_due(self) -> int | None:
+    def next_due(self) -> int:
+        """When there is work; never: `FOREVER`."""
         if not self.running:
-            return None
+            return FOREVER
         due = self._next_ping
         due = min(due, self._next_refresh)
-        return min(self._next_look, due)
+        return min(due, self._next_look)
 
     def work(self, now: Instant) -> None:
         if not self.running:

@@ -8,10 +8,8 @@ import dataclasses
 import difflib
 import hashlib
 import struct
-from array import array
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable
 from typing import Final, Protocol, TypeAlias, cast
 
 from dht.coordinates import UNKNOWN
@@ -20,15 +18,15 @@ from dht.directory import Keys
 from dht.events import RoundTripSeen
 from dht.keys import KEY_BITS, key_of_peer
 from dht.machine import DhtMachine
-from dht.messages import DhtMessage
+from dht.messages import DhtMessage, Nodes, Page, Pong, Providers, Records
 from dht.policy import DhtPolicy
-from dht.table import MAX_BUCKETS, VERIFIED
 from protocol.ids import PeerId, peer_id_of
 from protocol.instants import MILLISECOND_NS, Instant
 from sim.config import DhtSettings
 from sim.connections import ConnectionPolicy
 from sim.coordinates import settle
 from sim.draws import BulkDraws, Draws, Stream, machine_stream
+from sim.rest_tables import RestTables
 from sim.settings import ScenarioError
 from sim.world import AnyMachine, World
 
@@ -47,11 +45,11 @@ CONNECT_ALLOWANCE_NS: Final = 100 * MILLISECOND_NS
 #: The first heartbeat on a new connection is back a round trip and this much later.
 _HEARTBEAT_NS: Final = 1 * MILLISECOND_NS
 
-#: Candidates per place that a table at rest has chosen among, by RTT: the nearest k of so many times k.
-#: Measured: live nodes among 10,000 come to a mean RTT of 44 ms in their far buckets after ten minutes (plain:
-#: 94 ms), whether they began with random or half sorted tables; built ones have 51 ms with 8, 45 with 16, 42
-#: with 32. So 16 is a network after ten minutes; after hours it is better.
-REST_POOL: Final = 16
+#: Messages that list peers.
+_LISTING: Final = (Nodes, Pong, Records, Providers, Page)
+
+#: Newcomers up to this many are put in their places one by one.
+_FEW: Final = 64
 
 _PLACE: Final = struct.Struct("<QQ")
 
@@ -95,8 +93,8 @@ class DhtNetwork:
         self.settings = settings
         self.directory = SimDirectory()
         self.policy = policy_of(settings, None if world.connections is None else world.connections.policy)
-        #: Keys of the nodes that serve (up, joined or about to, no clients), sorted, each with its node.
-        self.serving: list[tuple[int, int]] = []
+        self._serving: list[tuple[int, int]] = []
+        self._unsorted: list[tuple[int, int]] = []
         self.clients: set[int] = set()
         self.wrap: Wrap | None = None
         self._coordinates: dict[int, int] = {}
@@ -132,15 +130,29 @@ class DhtNetwork:
         machine = DhtMachine(node, self.directory, dice, self.policy, unix_offset_ns=offset, client=client)
         world.install(node, DHT, machine if self.wrap is None else self.wrap(node, machine))
         if not client:
-            insort(self.serving, (self.directory.keys[node], node))
+            self._unsorted.append((self.directory.keys[node], node))
         return machine
+
+    @property
+    def serving(self) -> list[tuple[int, int]]:
+        """Keys of the nodes that serve (up, joined or about to, no clients), sorted, each with its node."""
+        # A million nodes are sorted at once; each put in its place would move half of those before it.
+        if len(self._unsorted) > _FEW:
+            self._serving.extend(self._unsorted)
+            self._serving.sort()
+        else:
+            for item in self._unsorted:
+                insort(self._serving, item)
+        self._unsorted.clear()
+        return self._serving
 
     def left(self, node: int) -> None:
         """The node is down (or out): it is no longer among those to be found."""
         item = (self.directory.keys[node], node)
-        at = bisect_left(self.serving, item)
-        if at < len(self.serving) and self.serving[at] == item:
-            del self.serving[at]
+        serving = self.serving
+        at = bisect_left(serving, item)
+        if at < len(serving) and serving[at] == item:
+            del serving[at]
 
     def machine(self, node: int) -> DhtMachine | None:
         """The node's machine, without the behaviours around it."""
@@ -181,10 +193,8 @@ class DhtNetwork:
     def build_tables(self, progress: Callable[[float], None] | None = None) -> None:
         """Give every node the table and the coordinate that a network at rest would have given it.
 
-        Coordinates: real Vivaldi, see `sim.coordinates`. Tables: of each bucket's
-        key range k nodes, drawn; in an RTT-aware network the nearest of REST_POOL times k drawn ones; all of
-        them verified. The own neighbourhood is complete. No message is sent for this, so no cost of joining can
-        be read from it.
+        Coordinates: real Vivaldi, see `sim.coordinates`. Tables: see `sim.rest_tables`; all entries verified.
+        No message is sent for this, so no cost of joining can be read from it.
         """
         dice = Draws(self.world.seed, Stream.BOOTSTRAP)
         tell = progress or _silent
@@ -196,84 +206,37 @@ class DhtNetwork:
         self._coordinates = settle(self.world, vivaldis, dice, lambda share: tell(share / 2))
         order = [*nodes, *sorted(self.clients)]
         fast = BulkDraws(dice.u64())
+        # A measured entry is one with a connection: where there are connections, there are none yet.
+        measured = self.world.connections is None
+        tables = RestTables(self.world, self.policy, self.serving, self._coordinates, measured=measured)
         for done, node in enumerate(order):
-            self._fill(node, fast)
+            self._fill(node, tables, fast)
             if done % 256 == 0:
                 tell(0.5 + done / len(order) / 2)
 
-    def _fill(self, node: int, dice: BulkDraws) -> None:
+    def _fill(self, node: int, tables: RestTables, dice: BulkDraws) -> None:
         machine = self.machine(node)
         if machine is None:
             return
-        buckets = self._buckets(node, dice)
-        rtts_us = [self._measured_us(node, bucket) for bucket in buckets]
         core = _core_of(machine)
-        if self.settings.hosts_per_group:  # the table itself decides on groups
-            for peers, rtts in zip(buckets, rtts_us, strict=True):
-                for peer, rtt_us in zip(peers, rtts, strict=True):
-                    there = self._coordinates.get(peer, UNKNOWN)
-                    core.table.answered(peer, 0, rtt_us, there, core.vivaldi.packed)
+        if not self.settings.hosts_per_group:
+            tables.fill(core.table, node, self.directory.keys, dice)
             return
-        table = core.table
-        peers = [peer for bucket in buckets for peer in bucket]
-        count = len(peers)
-        table.peers = array("I", peers)
-        table.coordinates = array("Q", [self._coordinates.get(peer, UNKNOWN) for peer in peers])
-        table.rtts_us = array("I", [rtt for bucket in rtts_us for rtt in bucket])
-        table.checked = array("I", bytes(4 * count))
-        table.since = array("I", bytes(4 * count))
-        table.groups = array("H", bytes(2 * count))
-        table.flags = bytearray([VERIFIED]) * count
-        table.starts = array("H", accumulate((len(bucket) for bucket in buckets), initial=0))
-
-    def _measured_us(self, node: int, peers: Sequence[int]) -> list[int]:
-        """Round trips as entries hold them. A measured entry is one with a connection: where there are
-        connections, there are none yet.
-        """
-        if self.world.connections is not None:
-            return [0] * len(peers)
-        return [rtt_ns // 1000 or 1 for rtt_ns in self.world.rtts_ns(node, peers)]
-
-    def _buckets(self, node: int, dice: BulkDraws) -> list[list[int]]:
-        """Peers by bucket: bucket i shares i bits with the node, the last one all that share more."""
-        serving, key, k = self.serving, self.directory.keys[node], self.policy.k
-        buckets: list[list[int]] = []
-        start, end = 0, len(serving)
-        for bit in range(MAX_BUCKETS - 1):
-            if end - start <= k:
-                break
-            shift = KEY_BITS - 1 - bit
-            upper = (key >> shift | 1) << shift
-            middle = bisect_left(serving, (upper, -1), start, end)
-            if key >> shift & 1:
-                buckets.append(self._chosen(node, start, middle, dice))
-                start = middle
-            else:
-                buckets.append(self._chosen(node, middle, end, dice))
-                end = middle
-        buckets.append([peer for _, peer in serving[start:end] if peer != node][:k])
-        return buckets
-
-    def _chosen(self, node: int, left: int, right: int, dice: BulkDraws) -> list[int]:
-        serving, policy, span = self.serving, self.policy, right - left
-        if span <= policy.k:
-            return [peer for _, peer in serving[left:right]]
-        wanted = min(span, policy.k * REST_POOL if policy.rtt_aware else policy.k)
-        if wanted == span:
-            drawn = [peer for _, peer in serving[left:right]]
-        else:
-            places = dict.fromkeys([left + (u32 * span >> 32) for u32 in dice.u32s(wanted + wanted // 4)])
-            drawn = [serving[place][1] for place in places][:wanted]
-        if not policy.rtt_aware:
-            return drawn[: policy.k]
-        seniors, rest = drawn[: policy.senior_entries], drawn[policy.senior_entries :]
-        near = sorted(zip(self.world.rtts_ns(node, rest), rest, strict=True))
-        return [*seniors, *(peer for _, peer in near[: policy.k - len(seniors)])]
+        for bucket in tables.buckets(
+            node, self.directory.keys[node], dice
+        ):  # the table itself decides on groups
+            for peer, rtt_us in zip(tables.peers(bucket), tables.rtts_us(bucket).tolist(), strict=True):
+                there = self._coordinates.get(peer, UNKNOWN)
+                core.table.answered(peer, 0, rtt_us, there, core.vivaldi.packed)
 
 
 def estimated_size(message: DhtMessage) -> int:
     """About what the wire format takes, without encoding."""
-    contacts = len(getattr(message, "contacts", ())) + len(getattr(message, "providers", ()))
+    if not isinstance(message, _LISTING):
+        return BASE_BYTES
+    contacts = len(message.contacts)
+    if isinstance(message, Providers):
+        contacts += len(message.providers)
     return BASE_BYTES + CONTACT_BYTES * contacts
 
 

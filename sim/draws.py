@@ -111,6 +111,13 @@ class BulkDraws:
         self._seed = seed & ((1 << 64) - 1)
         self._turn = 0
 
+    def rows(self, count: int, rows: int) -> bytes:
+        """What so many calls of `u32s` would give, one after the other, in this machine's byte order."""
+        drawn = array("I")
+        for _ in range(rows):
+            drawn.extend(self.u32s(count))
+        return drawn.tobytes()
+
     def u32s(self, count: int) -> array[int]:
         """So many numbers below 2**32."""
         place = _BLOCK.pack(self._seed, Stream.BOOTSTRAP, self._turn)

@@ -11,7 +11,7 @@ Deterministic by construction: time is an integer, ties go to who was scheduled 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from heapq import heappop, heappush
+from heapq import heappop
 from itertools import count
 from typing import Any, Final, TypeAlias
 
@@ -31,6 +31,7 @@ from protocol.machine import (
     Woken,
 )
 from sim import portable
+from sim.agenda import Agenda
 from sim.connections import ConnectionPolicy, Connections, Nat
 from sim.draws import Draws, Stream, WireDraws
 from sim.event_log import KINDS_PER_SERVICE, EventLog
@@ -61,7 +62,7 @@ _BLOCK: Final = 8192
 class Service:
     """One name and its machines by node."""
 
-    __slots__ = ("counted", "index", "kinds", "name", "ports", "round_trip", "size_of")
+    __slots__ = ("index", "kinds", "name", "ports", "round_trip", "size_of")
 
     def __init__(self, index: int, name: str) -> None:
         self.index = index
@@ -70,8 +71,6 @@ class Service:
         self.kinds: dict[type, int] = {}
         self.size_of: Callable[[Any], int] | None = None
         self.round_trip: RoundTrip | None = None
-        #: Whether messages have sizes.
-        self.counted = False
 
 
 class Port:
@@ -124,9 +123,11 @@ class World:
         self.overrun = 0
         self.traces: dict[tuple[str, str], int] = {}
         self.stored: dict[int, dict[str, bytes]] = {}
-        # (instant, number, port, source, kind, size, what): the number settles ties, nothing behind it is
-        # compared.
-        self._heap: list[tuple[Any, int, Port, int, int, int, Any]] = []
+        #: Called with the time after every few thousand events, for whoever shows how far a run has come.
+        self.watch: Callable[[Instant], None] | None = None
+        # Its events: (instant, number, port, source, kind, size, what).
+        self._agenda: Agenda[tuple[Any, int, Port, int, int, int, Any]] = Agenda()
+        self._push = self._agenda.push
         self._next = count().__next__
         self._services: dict[str, Service] = {}
         self._observers: dict[str, list[Observer]] = {}
@@ -208,7 +209,6 @@ class World:
             self._kind(service, PeerLost)
         service.size_of = size_of or service.size_of
         service.round_trip = round_trip or service.round_trip
-        service.counted = bool(service.size_of or service.round_trip)
         return service
 
     def install(self, node: int, service: str, machine: AnyMachine, *, polled: bool = False) -> None:
@@ -239,6 +239,10 @@ class World:
     def site_of(self, node: int) -> int:
         return self._site[node]
 
+    def access_ns(self, node: int) -> int:
+        """One way over the node's access line."""
+        return self._access[node]
+
     def one_way_ns(self, a: int, b: int) -> int:
         """From a to b, without jitter and queues."""
         return self.links.table[self._row[a] + self._site[b]] + self._access[a] + self._access[b]
@@ -261,12 +265,12 @@ class World:
             return
         when = self.now if at is None else max(at, self.now)
         kind = self._kind(port.service, type(command))
-        heappush(self._heap, (when, self._next(), port, node, kind, _MARK, Ordered(command)))
+        self._push((when, self._next(), port, node, kind, _MARK, Ordered(command)))
 
     def at(self, instant: Instant, action: Callable[[], None]) -> None:
         """Run something of the scenario's at this instant (not before now)."""
         when = max(instant, self.now)
-        heappush(self._heap, (when, self._next(), self._caller, 0, 0, _CALL, action))
+        self._push((when, self._next(), self._caller, 0, 0, _CALL, action))
 
     def observe(self, service: str, observer: Observer) -> None:
         """Call `observer(now, node, event)` on each event that machines of this service emit."""
@@ -315,10 +319,12 @@ class World:
 
     def run_until(self, instant: Instant) -> None:
         """Let everything happen up to and including this instant."""
-        heappush(self._heap, (instant, _NEVER, self._caller, 0, 0, _STOP, None))
+        self._push((instant, _NEVER, self._caller, 0, 0, _STOP, None))
         try:
             while self._run_block():
                 self.log.flush()
+                if self.watch is not None:
+                    self.watch(self.now)
         except Exception as error:
             error.add_note(f"in the simulated world at {self.now} ns, after {self.log.events} logged events")
             raise
@@ -327,9 +333,9 @@ class World:
 
     def _run_block(self) -> bool:
         """Some thousand events. False when the stop has been reached."""
-        heap, rows, pop = self._heap, self.log.rows, heappop
+        agenda, rows, pop = self._agenda, self.log.rows, heappop
         for _ in range(_BLOCK):
-            now, _, port, src, kind, size, what = pop(heap)
+            now, _, port, src, kind, size, what = pop(agenda.today or agenda.next_day())
             machine = port.machine
             if machine is None:
                 self.undelivered += 1
@@ -384,17 +390,19 @@ class World:
 
     def _plain_sender(self) -> Callable[[int, Port, int, object], None]:
         """`_send_over` for links that do nothing but take time: the same, without the questions."""
-        heap, push, next_number, table = self._heap, heappush, self._next, self.links.table
+        push, next_number, table = self._push, self._next, self.links.table
 
         def send(now: int, port: Port, peer: int, message: object) -> None:
             target = port.ports.get(peer)
             kind = port.kinds.get(type(message))
-            if target is None or kind is None or port.service.counted:
+            service = port.service
+            if target is None or kind is None or service.round_trip is not None:
                 self._send_over(now, port, peer, message)
                 return
+            size = service.size_of(message) if service.size_of is not None else 0
             arrival = now + table[port.row + target.site] + port.access + target.access
             src = port.node
-            push(heap, (arrival, next_number(), target, src, kind, 0, Received(src, message)))
+            push((arrival, next_number(), target, src, kind, size, Received(src, message)))
 
         return send
 
@@ -417,9 +425,9 @@ class World:
             self.undelivered += 1
         elif self._stations and (self._service_ns[peer] or self._down_bps[peer]):
             waiting = (size, Received(src, message))
-            heappush(self._heap, (arrival, self._next(), target, src, kind, _QUEUE, waiting))
+            self._push((arrival, self._next(), target, src, kind, _QUEUE, waiting))
         else:
-            heappush(self._heap, (arrival, self._next(), target, src, kind, size, Received(src, message)))
+            self._push((arrival, self._next(), target, src, kind, size, Received(src, message)))
 
     def _arrival(self, now: int, port: Port, peer: int, size: int) -> int | None:
         """When it arrives, with everything that can befall it; None: never."""
@@ -449,7 +457,7 @@ class World:
     def tell_lost(self, port: Port, peer: int, at: int) -> None:
         """`PeerLost(peer)` to a machine at an instant."""
         kind = port.service.kinds[PeerLost]
-        heappush(self._heap, (at, self._next(), port, peer, kind, _MARK, PeerLost(peer)))
+        self._push((at, self._next(), port, peer, kind, _MARK, PeerLost(peer)))
 
     def port(self, service: Service, node: int) -> Port | None:
         return service.ports.get(node)
@@ -483,7 +491,7 @@ class World:
             self.overrun += 1
             return False
         self._busy[node] = start + cost
-        heappush(self._heap, (start + cost, self._next(), port, src, kind, size, received))
+        self._push((start + cost, self._next(), port, src, kind, size, received))
         return False
 
     def _wake_at(self, port: Port, instant: int) -> None:
@@ -491,7 +499,7 @@ class World:
             port.wake = instant
             kind = port.service.kinds[Woken]
             when = max(instant, self.now)
-            heappush(self._heap, (when, self._next(), port, port.node, kind, _WAKE, _WOKEN))
+            self._push((when, self._next(), port, port.node, kind, _WAKE, _WOKEN))
 
     def _rearm(self, port: Port) -> None:
         wake = None if port.machine is None else port.machine.next_wake()

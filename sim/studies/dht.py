@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, get_args
+
+import numpy as np
 
 from dht.events import FindClosest, FindProviders, Found, Join, Joined, Provide, Stored
 from dht.keys import KEY_BITS
@@ -31,8 +34,13 @@ _MESSAGES: Final = frozenset(kind.__name__ for kind in (*get_args(DhtQuery), *ge
 #: How long after the last order answers are still waited for.
 _GRACE_NS: Final = 10 * SECOND_NS
 
-#: Slices of the network's growth, for the progress line.
-_JOIN_SLICES: Final = 100
+#: Events that a node has had at an age (s) after joining, and per second from then on; measured, for the
+#: progress line only.
+_EVENTS_BY_AGE_S: Final = ((0, 0), (1, 40), (9, 143), (13, 180), (23, 227), (37, 277), (60, 313))
+_EVENTS_PER_S: Final = 1.7
+
+#: Nodes that stand for all that join, there.
+_JOIN_SAMPLES: Final = 200
 
 
 @dataclass(slots=True)
@@ -71,6 +79,8 @@ class DhtStudy:
         self._seeds = Draws(settings.world.seed, Stream.BOOTSTRAP)
         self._start = Instant(0)
         self._recent: list[float] = []
+        self._phase = "joining"
+        self._way: Callable[[Instant], float] = _unknown_way
         self._counted = 0
         self.world.observe(DHT, self._heard)
 
@@ -78,24 +88,39 @@ class DhtStudy:
 
     def run(self) -> None:
         """All of it. `sum_up` afterwards, also if it was cut short."""
+        self.world.watch = self._tell
         self._bootstrap()
+        self._phase = "measuring"
         self._start = self.world.now
         self._counted = self._messages()
         end = after(self._start, seconds_to_ns(self.settings.world.duration_s))
         self._disturb(end)
         self._schedule_lookups(end)
         run_in_slices(self.world, end, self.settings.world.slices, self._slice)
+        self._phase = "waiting for the last answers"
         self.world.run_until(after(end, _GRACE_NS))
+
+    def _rest_ns(self) -> int:
+        """Virtual time after the nodes are there."""
+        said = self.settings
+        return seconds_to_ns(said.dht.settle_s) + seconds_to_ns(said.world.duration_s) + _GRACE_NS
+
+    def _tell(self, now: Instant) -> None:
+        self.progress(self._phase, self._way(now))
 
     def _bootstrap(self) -> None:
         nodes, dht = self.settings.world.nodes, self.settings.dht
-        for _ in range(nodes):
+        for number in range(nodes):
+            if number % 4096 == 0:
+                self.progress("making nodes", 0.0)
             self._add_node()
         self.attackers.make_phantoms()
         if dht.bootstrap == "built":
             self.network.build_tables(lambda share: self.progress("building tables", share / 2))
             for node in range(nodes):
                 self._enter(node)
+            start, rest_ns = self.world.now, self._rest_ns()
+            self._way = lambda now: 0.5 + 0.5 * min(1.0, (now - start) / rest_ns)
             self.record.note(
                 "The first nodes did not join: their tables were built as those of a network at rest."
             )
@@ -103,12 +128,10 @@ class DhtStudy:
             every_ns = dht.join_every_ms * MILLISECOND_NS
             for node in range(nodes):
                 self.world.at(Instant(round(node * every_ns)), _call(self._join, node))
-            run_in_slices(
-                self.world,
-                round(nodes * every_ns) + SECOND_NS,
-                _JOIN_SLICES,
-                lambda share: self.progress("joining", share / 2),
-            )
+            self._way = _joining_way(nodes * every_ns, self._rest_ns() + SECOND_NS)
+            self._phase = "joining"
+            self.world.run_until(Instant(round(nodes * every_ns) + SECOND_NS))
+        self._phase = "settling"
         self.world.run_for(seconds_to_ns(dht.settle_s))
 
     def _add_node(self) -> int:
@@ -274,7 +297,7 @@ class DhtStudy:
     def _messages(self) -> int:
         return sum(count for name, (count, _) in self.world.log.counts().items() if _is_message(name))
 
-    def _slice(self, share: float) -> None:
+    def _slice(self, share: float) -> None:  # noqa: ARG002 - the world's time says it better
         world, record = self.world, self.record
         at = world.now - self._start
         sample = Draws(self.settings.world.seed, Stream.PROBES, world.now).sample(
@@ -296,7 +319,7 @@ class DhtStudy:
         if self._recent:
             record.point("lookup p50 over time (ms)", at, quantile(sorted(self._recent), 0.5))
             self._recent.clear()
-        self.progress("measuring", 0.5 + share / 2)
+        self._tell(world.now)
 
     def sum_up(self) -> None:
         """Figures of what has happened so far."""
@@ -327,6 +350,26 @@ class DhtStudy:
             entries = 0 if machine is None else len(machine.table)
             site = world.links.names[world.site_of(node)]
             table.rows.append((node, site, received[node], sent[node], entries))
+
+
+def _unknown_way(now: Instant) -> float:  # noqa: ARG001 - nothing is known yet
+    return 0.0
+
+
+def _joining_way(joins_ns: float, rest_ns: int) -> Callable[[Instant], float]:
+    """How much of a run is done at an instant, if nodes join evenly for `joins_ns` and live on for `rest_ns`:
+    by what a node does in its first minute.
+    """
+    ages, events = zip(*_EVENTS_BY_AGE_S, strict=True)
+    joined_s = np.linspace(0.0, joins_ns / SECOND_NS, _JOIN_SAMPLES)
+
+    def done(now_s: float) -> float:
+        age_s = now_s - joined_s
+        older_s = np.maximum(age_s - ages[-1], 0.0)
+        return float(np.sum(np.interp(age_s, ages, events) + _EVENTS_PER_S * older_s))
+
+    total = max(done((joins_ns + rest_ns) / SECOND_NS), 1.0)
+    return lambda now: min(1.0, done(now / SECOND_NS) / total)
 
 
 def _call(action: Any, argument: Any) -> Any:  # noqa: ANN401 - any action with its argument
