@@ -143,8 +143,8 @@ class ChainKeeper:
 
     def measured(self, cargo: CargoDigest, chain: Chain, stages: Sequence[StageSeen]) -> None:
         """A job was done by these; what their head says of how they worked together."""
-        for a, b in neighbours(chain, stages):
-            self.pairs.worked(self._now(), PeerId(a), PeerId(b))
+        for a, b, rtt_ns in neighbours(chain, stages):
+            self.pairs.worked(self._now(), PeerId(a), PeerId(b), rtt_ns)
         self.book.measured(cargo, stages)
 
     def accused(

@@ -472,9 +472,9 @@ class MeshJob:
         self._arrived.set()
 
 
-def _account(stages: Sequence[StageSeen], usage: Usage) -> dict[str, int]:
-    """What a log line says of a chain: how many stages there were, signed for it, and were lost; how often the
-    ring was gone round, and what became of guesses.
+def _account(stages: Sequence[StageSeen], usage: Usage) -> dict[str, int | list[float]]:
+    """What a log line says of a chain: how many stages there were, signed for it, and were lost; how far each
+    was from the one before it; how often the ring was gone round, and what became of guesses.
     """
     if not stages:
         return {}
@@ -482,6 +482,7 @@ def _account(stages: Sequence[StageSeen], usage: Usage) -> dict[str, int]:
         "stages": len(stages),
         "signed": sum(stage.receipt is not None for stage in stages),
         "lost": sum(stage.failed for stage in stages),
+        "links_ms": [round(stage.rtt_ns / MILLISECOND_NS, 2) for stage in stages if not stage.failed],
         "traversals": usage.traversals,
         "drafts": usage.drafts,
         "drafts_right": usage.drafts_right,

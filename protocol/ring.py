@@ -215,8 +215,9 @@ class RingFeed(Message, frozen=True, gc=False, tag="rf"):
 
 class RingEnd(Message, frozen=True, gc=False, tag="re"):
     """The session is over. Each stage adds its receipt and passes it on; the head gets them all. `hops`: per
-    place, from 0 on, what the stage before it measured from feed to acknowledgement, per row. `replaced`: it
-    goes on without this stage, so the end is not passed on.
+    place, from 0 on, what the stage before it measured from feed to acknowledgement, per row; `rtts`: the
+    shortest answer to a ping between the two (0: none came). `replaced`: it goes on without this stage, so the
+    end is not passed on.
     """
 
     max_bytes: ClassVar[int] = MAX_STAGES * (MAX_RECEIPT_BYTES + KIB)
@@ -224,6 +225,7 @@ class RingEnd(Message, frozen=True, gc=False, tag="re"):
     session: SessionId
     receipts: Annotated[tuple[Envelope, ...], Meta(max_length=MAX_STAGES)] = ()
     hops: Annotated[tuple[_Nanos, ...], Meta(max_length=MAX_STAGES)] = ()
+    rtts: Annotated[tuple[_Nanos, ...], Meta(max_length=MAX_STAGES)] = ()
     replaced: bool = False
 
 
@@ -306,8 +308,9 @@ class StageShare(Part, frozen=True, gc=False, array_like=True):
 
 class StageWork(Part, frozen=True, gc=False):
     """The head's account of one stage, for the gateway. `hop_ns`: what the stage before it measured from feed
-    to acknowledgement, per row. `failed`: it let the session down, and `reason` how. `receipt`: what the
-    stage itself signed (`StageReceipt`), if it lived to do so.
+    to acknowledgement, per row; `rtt_ns`: there and back on their link, without work (0: not measured).
+    `failed`: it let the session down, and `reason` how. `receipt`: what the stage itself signed
+    (`StageReceipt`), if it lived to do so.
     """
 
     peer: PeerText
@@ -315,6 +318,7 @@ class StageWork(Part, frozen=True, gc=False):
     first: Layer
     last: Layer
     hop_ns: _Nanos = 0
+    rtt_ns: _Nanos = 0
     failed: bool = False
     reason: Annotated[str, Meta(max_length=MAX_REMOTE_TEXT_CHARS)] = ""
     receipt: Envelope | None = None

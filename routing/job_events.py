@@ -174,6 +174,8 @@ class StageSeen:
     failed: bool
     reason: str
     receipt: StageReceipt | None
+    rtt_ns: int = 0
+    """There and back on the link from the stage before; 0: not measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,15 @@ def stages_untrusted(works: Sequence[StageWork], facts: Facts) -> tuple[StageSee
             continue
         receipt = _stage_receipt_untrusted(work.receipt, work, facts)
         seen[work.index, work.peer] = StageSeen(
-            work.peer, work.index, work.first, work.last, work.hop_ns, work.failed, work.reason, receipt
+            work.peer,
+            work.index,
+            work.first,
+            work.last,
+            work.hop_ns,
+            work.failed,
+            work.reason,
+            receipt,
+            work.rtt_ns,
         )
     return tuple(seen.values())
 

@@ -53,10 +53,13 @@ class _Pair:
     measured: Instant = _NEVER
 
 
-def neighbours(chain: Chain, seen: Sequence[StageSeen]) -> list[tuple[str, str]]:
-    """Who fed whom at the end, by a head's account of its chain, round the ring."""
+def neighbours(chain: Chain, seen: Sequence[StageSeen]) -> list[tuple[str, str, int]]:
+    """Who fed whom at the end, by a head's account of its chain, round the ring, and how far they are (there
+    and back, ns; 0: not measured).
+    """
     stood = _stood(chain, seen)
-    return [(stood[index - 1], peer) for index, peer in enumerate(stood)]
+    rtts = {stage.index: stage.rtt_ns for stage in seen if not stage.failed}
+    return [(stood[index - 1], peer, rtts.get(index, 0)) for index, peer in enumerate(stood)]
 
 
 def parted(chain: Chain, seen: Sequence[StageSeen]) -> dict[str, str]:

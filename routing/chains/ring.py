@@ -193,6 +193,7 @@ class RingMachine(StageDuties):
 
     def _from_behind(self, now: Instant, peer: PeerId, message: FromStage) -> None:
         if isinstance(message, RingPong):
+            self._links.answered(now, peer, message.number)
             return
         session = self._sessions.get(message.session)
         if session is None:
@@ -262,7 +263,7 @@ class RingMachine(StageDuties):
         if now >= limit:
             self._link_lost(now, peer, "silent", silent=True)
             return
-        self._send(peer, RingPing(self._links.next_ping(peer)))
+        self._send(peer, RingPing(self._links.next_ping(now, peer)))
         self._agenda.set(("ping", peer), min(after(now, self._policy.ping_ns), limit))
 
     def _watch(self, now: Instant, session: Session, *, late: bool) -> None:

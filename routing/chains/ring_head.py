@@ -179,12 +179,14 @@ class HeadDuties(RingCore):
         if session.outlet.state is OutletState.NONE:
             self._ended(now, session, session.head)
             return
-        self._send(session.outlet.peer, RingEnd(session.name, hops=(session.outlet.hop_ns,)))
+        outlet = session.outlet
+        rtts = (self._links.rtt_ns(outlet.peer),)
+        self._send(outlet.peer, RingEnd(session.name, hops=(outlet.hop_ns,), rtts=rtts))
         self._agenda.set(("end", session.name), after(now, self._policy.end_ns))
 
     def _head_end(self, now: Instant, session: Session, head: Head, message: RingEnd) -> None:
         if head.ending:
-            head.receipts, head.hops = message.receipts, message.hops
+            head.receipts, head.hops, head.rtts = message.receipts, message.hops, message.rtts
             self._ended(now, session, head)
         elif session.intake.have < session.log.end:
             # They took us for dead, or gone; there is still something to do.
@@ -209,6 +211,7 @@ class HeadDuties(RingCore):
                 first=stage.first,
                 last=stage.last,
                 hop_ns=head.hops[index] if index < len(head.hops) else 0,
+                rtt_ns=head.rtts[index] if index < len(head.rtts) else 0,
                 receipt=receipts.get(index),
             )
             for index, stage in enumerate(session.chain.stages)

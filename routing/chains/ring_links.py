@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from typing import Final
 
 from protocol.ids import PeerId
 from protocol.instants import Instant, after
 from routing.chains.ring_policy import RingPolicy
 
+#: Pings whose answers are awaited: those of two seconds, which is longer than a link may be silent.
+_MAX_PINGS: Final = 8
+
 
 @dataclass(slots=True)
 class Link:
-    """`heard`: its last word, or when we turned to it; `fresh`: it has not said anything yet."""
+    """`heard`: its last word, or when we turned to it; `fresh`: it has not said anything yet. `pings`: (number,
+    when) of the latest ones; `rtt_ns`: the shortest answer to one, 0: none came.
+    """
 
     heard: Instant
     fresh: bool = True
     sessions: set[str] = field(default_factory=set[str])
     number: int = 0
+    rtt_ns: int = 0
+    pings: deque[tuple[int, Instant]] = field(default_factory=lambda: deque(maxlen=_MAX_PINGS))
 
 
 class Links:
@@ -65,7 +74,23 @@ class Links:
         link = self._links[peer]
         return after(link.heard, self._policy.connect_ns if link.fresh else self._policy.dead_ns)
 
-    def next_ping(self, peer: PeerId) -> int:
+    def next_ping(self, now: Instant, peer: PeerId) -> int:
         link = self._links[peer]
         link.number += 1
+        link.pings.append((link.number, now))
         return link.number
+
+    def answered(self, now: Instant, peer: PeerId, number: int) -> None:
+        """A ping was. The link may have moved to a shorter way meanwhile: the shortest counts."""
+        link = self._links.get(peer)
+        if link is None:
+            return
+        while link.pings and link.pings[0][0] <= number:
+            asked, at = link.pings.popleft()
+            if asked == number and now > at:
+                link.rtt_ns = min(link.rtt_ns or now - at, now - at)
+
+    def rtt_ns(self, peer: PeerId) -> int:
+        """There and back; 0: not known."""
+        link = self._links.get(peer)
+        return 0 if link is None else link.rtt_ns

@@ -119,6 +119,7 @@ class Head:
     trips: deque[tuple[int, Instant]] = field(default_factory=deque[tuple[int, Instant]])
     receipts: tuple[Envelope, ...] = ()
     hops: tuple[int, ...] = ()
+    rtts: tuple[int, ...] = ()
 
     def cut(self, turn: int, position: int) -> None:
         while self.cuts and self.cuts[-1][1] >= position:

@@ -265,9 +265,10 @@ class StageDuties(HeadDuties):
         receipts = tuple(each for each in message.receipts if each.is_below(MAX_RECEIPT_BYTES))
         if len(receipts) < MAX_STAGES:
             receipts = (*receipts, self._sign(self._receipt(now, session)))
-        self._end_behind(
-            session, RingEnd(session.name, receipts, (*message.hops, session.outlet.hop_ns)[:MAX_STAGES])
-        )
+        outlet = session.outlet
+        hops = (*message.hops, outlet.hop_ns)[:MAX_STAGES]
+        rtts = (*message.rtts, self._links.rtt_ns(outlet.peer))[:MAX_STAGES]
+        self._end_behind(session, RingEnd(session.name, receipts, hops, rtts))
         self._forget(session)
 
     def _end_behind(self, session: Session, message: RingEnd) -> None:

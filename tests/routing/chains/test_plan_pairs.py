@@ -33,8 +33,8 @@ def later(ns: int) -> Instant:
     return Instant(NOW + ns)
 
 
-def seen(peer: str, index: int, *, failed: bool = False) -> StageSeen:
-    return StageSeen(peer, index, 4 * index, 4 * index + 4, 0, failed, "silent" if failed else "", None)
+def seen(peer: str, index: int, *, failed: bool = False, rtt_ns: int = 0) -> StageSeen:
+    return StageSeen(peer, index, 4 * index, 4 * index + 4, 0, failed, "silent" if failed else "", None, rtt_ns)
 
 
 def best(pairs: Pairs[str], holders: list[Holder[str]], now: Instant = NOW) -> list[str]:
@@ -119,13 +119,13 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_is_kept_apart_by_a_heads_account() -> None:
-    assert neighbours(CHAIN, []) == [("c", "a"), ("a", "b"), ("b", "c")]
+    assert neighbours(CHAIN, []) == [("c", "a", 0), ("a", "b", 0), ("b", "c", 0)]
     # It could not go on: only who failed is named.
     assert parted(CHAIN, [seen("b", 1, failed=True)]) == {"b": "a"}
     assert parted(CHAIN, [seen("a", 0, failed=True)]) == {"a": "c"}
     # A spare took over: those who stood at the end worked together.
-    account = [seen("a", 0), seen("s", 1), seen("c", 2), seen("b", 1, failed=True)]
-    assert neighbours(CHAIN, account) == [("c", "a"), ("a", "s"), ("s", "c")]
+    account = [seen("a", 0), seen("s", 1, rtt_ns=70), seen("c", 2), seen("b", 1, failed=True)]
+    assert neighbours(CHAIN, account) == [("c", "a", 0), ("a", "s", 70), ("s", "c", 0)]
     assert parted(CHAIN, account) == {"b": "a"}
     # The same one was tried once more, and did well.
     assert parted(CHAIN, [seen("a", 0), seen("b", 1), seen("c", 2), seen("b", 1, failed=True)]) == {}
