@@ -12,7 +12,7 @@ in the ring itself, by the spares that the chain names.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -30,6 +30,7 @@ from gateway.chain_layout import (
 from gateway.chain_renewal import renewed
 from gateway.chain_room import elsewhere_mib, idle_bytes
 from gateway.chain_shortage import Shortage, shortage_of
+from gateway.chain_state import ChainedCargo, Refused, Taken
 from protocol.dice import Dice
 from protocol.ids import CargoDigest, PeerId
 from protocol.instants import SECOND_NS, Instant, after
@@ -90,7 +91,6 @@ SPEED_WEIGHT: Final = 0.2
 _ANY_PROMPT: Final = 128
 _ANY_OUTPUT: Final = 256
 
-_NEVER: Final = Instant(0)
 _MIB: Final = 1 << 20
 
 RttOf = Callable[[PeerId, PeerId], int | None]
@@ -110,47 +110,6 @@ class Stepped(msgspec.Struct, frozen=True):
     orders: tuple[Order, ...] = ()
     wake: Instant | None = None
     became_ready: bool = False
-
-
-@dataclass(slots=True)
-class _Taken:
-    """An Island said that it holds these layers, or will; its advert is to show it."""
-
-    first: int
-    last: int
-    until: Instant
-    asked: tuple[int, int]
-
-
-@dataclass(slots=True)
-class _Refused:
-    until: Instant
-    times: int = 1
-
-
-@dataclass(slots=True)
-class _Cargo:
-    """One Cargo's chain."""
-
-    known: dict[PeerId, None] = field(default_factory=dict[PeerId, None])
-    asked: Instant | None = None
-    shape: ModelShape | None = None
-    first_seen: Instant = _NEVER
-    newcomer: Instant = _NEVER
-    asking: dict[PeerId, tuple[int, int]] = field(default_factory=dict[PeerId, tuple[int, int]])
-    taken: dict[PeerId, _Taken] = field(default_factory=dict[PeerId, _Taken])
-    refused: dict[PeerId, _Refused] = field(default_factory=dict[PeerId, _Refused])
-    loading: dict[PeerId, Instant] = field(default_factory=dict[PeerId, Instant])
-    layer_ns: dict[PeerId, float] = field(default_factory=dict[PeerId, float])
-    progress: NotYet | None = None
-    layout: Layout | None = None
-    ready: bool = False
-    shortage: Shortage | None = None
-    token_ns: int = 0
-    basis: object = None
-    balancer: Balancer[PeerId] = field(default_factory=Balancer[PeerId])
-    balanced: Instant = _NEVER
-    settled: bool = False
 
 
 class ChainBook:
@@ -181,7 +140,7 @@ class ChainBook:
         self._dtype: Dtype = dtype
         self._balance_policy = balance or BalancePolicy()
         self._balance_ns = min(BALANCE_NS, self._balance_policy.smoothing_ns // BALANCE_LOOKS)
-        self._cargos: dict[str, _Cargo] = {}
+        self._cargos: dict[str, ChainedCargo] = {}
 
     # --- what others ask ----------------------------------------------------------------------------
 
@@ -288,7 +247,7 @@ class ChainBook:
         """Look at a Cargo. `learning`: its manifest is being asked for."""
         cargo = self._cargos.get(digest)
         if cargo is None:
-            cargo = self._cargos[digest] = _Cargo(balancer=Balancer(self._balance_policy))
+            cargo = self._cargos[digest] = ChainedCargo(balancer=Balancer(self._balance_policy))
         sharding = self._sharding_of(digest)
         offers = [
             (island, offered)
@@ -323,9 +282,9 @@ class ChainBook:
                 before = cargo.refused.get(order.peer)
                 times = 1 if before is None else before.times + 1
                 wait_ns = min(REFUSED_FIRST_NS << min(times - 1, 10), REFUSED_MAX_NS)
-                cargo.refused[order.peer] = _Refused(after(now, wait_ns), times)
+                cargo.refused[order.peer] = Refused(after(now, wait_ns), times)
             return
-        cargo.taken[order.peer] = _Taken(
+        cargo.taken[order.peer] = Taken(
             held.first, held.last, after(now, ORDER_SHOWN_NS), (order.hold.first, order.hold.last)
         )
 
@@ -340,7 +299,7 @@ class ChainBook:
             if offered.shard is not None and admitted(now, island, offered, query)
         ]
 
-    def _note_offers(self, now: Instant, cargo: _Cargo, offers: Sequence[Offer]) -> None:
+    def _note_offers(self, now: Instant, cargo: ChainedCargo, offers: Sequence[Offer]) -> None:
         """Who came and who went, and what orders became visible."""
         here = {island.peer: offered for island, offered in offers}
         for peer in here.keys() - cargo.known.keys():
@@ -367,7 +326,7 @@ class ChainBook:
         for peer in [peer for peer, refused in cargo.refused.items() if refused.until + REFUSED_MAX_NS < now]:
             del cargo.refused[peer]
 
-    def _settling(self, now: Instant, cargo: _Cargo) -> Instant | None:
+    def _settling(self, now: Instant, cargo: ChainedCargo) -> Instant | None:
         if cargo.settled:
             return None
         until = min(after(cargo.newcomer, SETTLE_NS), after(cargo.first_seen, MAX_SETTLE_NS))
@@ -376,7 +335,7 @@ class ChainBook:
             return None
         return until
 
-    def _held(self, now: Instant, cargo: _Cargo, offers: Sequence[Offer]) -> list[Holder[PeerId]]:
+    def _held(self, now: Instant, cargo: ChainedCargo, offers: Sequence[Offer]) -> list[Holder[PeerId]]:
         """Ranges that are held, being loaded or taken on, by what is told; not those that take too long."""
         stuck = {peer for peer, since in cargo.loading.items() if now - since > LOADING_NS}
         shown = {holder.peer: holder for holder in held_ranges(offers, stuck | cargo.taken.keys())}
@@ -388,12 +347,18 @@ class ChainBook:
                 )
         return list(shown.values())
 
-    def _promised(self, cargo: _Cargo, peer: PeerId) -> tuple[int, int] | None:
+    def _promised(self, cargo: ChainedCargo, peer: PeerId) -> tuple[int, int] | None:
         taken = cargo.taken.get(peer)
         return (taken.first, taken.last) if taken is not None else cargo.asking.get(peer)
 
     def _rooms(
-        self, now: Instant, cargo: _Cargo, offers: Sequence[Offer], digest: str, *, displacing: bool = False
+        self,
+        now: Instant,
+        cargo: ChainedCargo,
+        offers: Sequence[Offer],
+        digest: str,
+        *,
+        displacing: bool = False,
     ) -> list[Room[PeerId]]:
         """Room that is free, without what was promised to other Cargos meanwhile. `displacing`: with that of
         idle layers.
@@ -448,7 +413,7 @@ class ChainBook:
         return 0 if undecided else SPARES
 
     def _plan(
-        self, now: Instant, digest: str, cargo: _Cargo, sharding: Sharding, offers: Sequence[Offer]
+        self, now: Instant, digest: str, cargo: ChainedCargo, sharding: Sharding, offers: Sequence[Offer]
     ) -> Stepped:
         held, rooms = self._held(now, cargo, offers), self._rooms(now, cargo, offers, digest)
         wider = self._rooms(now, cargo, offers, digest, displacing=True) if self.is_asked(now, digest) else []
@@ -504,7 +469,7 @@ class ChainBook:
         return Stepped(orders, wake, became_ready=cargo.ready and not was_ready)
 
     def _balance(
-        self, now: Instant, digest: str, cargo: _Cargo, sharding: Sharding, offers: Sequence[Offer]
+        self, now: Instant, digest: str, cargo: ChainedCargo, sharding: Sharding, offers: Sequence[Offer]
     ) -> tuple[Order, ...]:
         """Ranges that are busy for long are joined by others."""
         held = self._held(now, cargo, offers)
@@ -526,7 +491,7 @@ class ChainBook:
 
     def _anew(
         self,
-        cargo: _Cargo,
+        cargo: ChainedCargo,
         shape: ModelShape,
         offers: Sequence[Offer],
         held: Sequence[Holder[PeerId]],
@@ -549,11 +514,11 @@ class ChainBook:
         ]
         return allocate(shape, [*rooms, *loose], busy, self._rtt_of, spares=spares)
 
-    def _next_look(self, now: Instant, cargo: _Cargo) -> Instant | None:
+    def _next_look(self, now: Instant, cargo: ChainedCargo) -> Instant | None:
         times = [taken.until for taken in cargo.taken.values()]
         times += [refused.until for refused in cargo.refused.values() if refused.until > now]
         times += [after(since, LOADING_NS + 1) for since in cargo.loading.values()]
         return min((time for time in times if time > now), default=None)
 
-    def _layer_ns(self, cargo: _Cargo) -> Callable[[PeerId], int]:
+    def _layer_ns(self, cargo: ChainedCargo) -> Callable[[PeerId], int]:
         return lambda peer: round(cargo.layer_ns.get(peer, 0))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol import adverts, coordination, envelope, jobs, rpc
+from protocol import adverts, coordination, envelope, jobs, ring, rpc
 from protocol.codec import LENGTH, Codec, FrameBuffer, Message, encode
 from protocol.errors import Fault, ProtocolError
 from protocol.jobs import FROM_ISLAND, TO_ISLAND, JobAccept, JobOffer, JobTokens, Token
@@ -26,6 +26,10 @@ DECODERS = {
     "accepted": adverts.ACCEPTED,
     "coordination": coordination.COORDINATION,
     "summary": coordination.SUMMARY,
+    "hold": ring.HOLD_SHARD,
+    "held": ring.SHARD_HELD,
+    "order": ring.SHARD_ORDER,
+    "relayed_order": ring.RELAYED_ORDER,
     "envelope": Codec[envelope.Envelope](envelope.Envelope),
 }
 
