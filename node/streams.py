@@ -87,7 +87,12 @@ class MessageStream(Generic[Out, In]):
             await trio.lowlevel.checkpoint_if_cancelled()
             return self._ready.popleft()
         while self._fault is None:
-            chunk = await self._stream.receive_some(_READ_BYTES)
+            try:
+                chunk = await self._stream.receive_some(_READ_BYTES)
+            except StreamBroken:
+                if self._fault is not None:
+                    break
+                raise
             if not chunk:
                 if not len(self._buffer):
                     return None
@@ -98,6 +103,19 @@ class MessageStream(Generic[Out, In]):
                 return self._ready.popleft()
         self._stream.reset()
         raise self._fault
+
+    def take_nowait(self, chunk: bytes) -> In | None:
+        """For who reads the stream where bytes come (`Stream.on_arrival`): `chunk` was read from it. Returned:
+        the next message, or None; call it with b"" for further ones. Bytes that are no message reset the
+        stream, and `receive` raises then.
+        """
+        if chunk:
+            self._decode(chunk)
+        if self._ready:
+            return self._ready.popleft()
+        if self._fault is not None:
+            self._stream.reset()
+        return None
 
     def _decode(self, chunk: bytes) -> None:
         try:

@@ -9,6 +9,7 @@ Nothing here has a timer. A reader that does not read makes its writer wait, for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -80,6 +81,7 @@ class Stream:
 
     __slots__ = (
         "__weakref__",
+        "_arrived",
         "_broken",
         "_buffer",
         "_consumed",
@@ -125,6 +127,7 @@ class Stream:
         self._writers = trio.lowlevel.ParkingLot()
         self._parked = trio.lowlevel.ParkingLot()
         self._reading = False
+        self._arrived: Callable[[], None] | None = None
         self._sends = 0
         self.update_wanted = False
         self.awaiting_ack = False
@@ -253,6 +256,10 @@ class Stream:
                 await self._parked.park()
             finally:
                 self._reading = False
+        return self._take(max_bytes)
+
+    def _take(self, max_bytes: int) -> bytes:
+        buffer = self._buffer
         if len(buffer) <= max_bytes:
             data = bytes(buffer)
             buffer.clear()
@@ -261,6 +268,16 @@ class Stream:
             del buffer[:max_bytes]
         self._read(len(data))
         return data
+
+    def receive_nowait(self, max_bytes: int = 65536) -> bytes:
+        """What is here already, up to `max_bytes`; b"" says nothing but that."""
+        return self._take(max_bytes)
+
+    def on_arrival(self, arrived: Callable[[], None] | None) -> None:
+        """Have this called when bytes come, from the connection's own task: what it takes costs no other task's
+        waking, what it leaves is there for `receive_some`. It may neither wait nor raise. None: no more.
+        """
+        self._arrived = arrived
 
     def unreceive(self, data: bytes) -> None:
         """Put bytes back that `receive_some` returned and whose place in time is later."""
@@ -354,7 +371,10 @@ class Stream:
         self._buffer += piece
         if budget.used > budget.limit:
             self._break("too much unread data on this host", tell=True)
-        self._parked.unpark_all()
+        elif self._arrived is not None:
+            self._arrived()
+        if self._buffer or self._broken is not None:
+            self._parked.unpark_all()
 
     def on_lost(self, reason: str) -> None:
         """The connection is gone."""

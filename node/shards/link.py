@@ -51,6 +51,13 @@ class Watched:
         self.partial += len(data)
         return data
 
+    def receive_nowait(self, max_bytes: int = 65536) -> bytes:
+        if self.partial:
+            self._told()
+        data = self._stream.receive_nowait(max_bytes)
+        self.partial += len(data)
+        return data
+
 
 @dataclass(slots=True, eq=False)
 class Link:

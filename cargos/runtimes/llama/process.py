@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Generic
 
@@ -30,27 +31,47 @@ class WorkerDied(Exception):
 
 
 class Outbox(Generic[To]):
-    """Frames that wait for the worker's stdin. Never blocks. Bounded by the jobs that are open and their
-    grants, which a job service sends once per window of tokens.
+    """Frames for the worker's stdin. Never blocks: what the pipe does not take at once waits. Bounded by the
+    jobs that are open and their grants, which a job service sends once per window of tokens, and by a ring's
+    windows.
     """
 
     def __init__(self, codec: Codec[To]) -> None:
         self._codec = codec
         self._frames: deque[To] = deque()
         self._event = trio.Event()
+        self._rest = b""  # of a frame that the pipe took in part
+        self._fd: int | None = None  # of the pipe, while nothing waits
 
     def put(self, message: To) -> None:
-        self._frames.append(message)
-        self._event.set()
+        if self._fd is None:
+            self._frames.append(message)
+            self._event.set()
+            return
+        data = self._codec.encode_frame(message)
+        try:
+            rest = data[os.write(self._fd, data) :]
+        except (BlockingIOError, BrokenPipeError):
+            rest = data  # for later, or never: the reader sees the end of the worker's output
+        if rest:
+            self._fd, self._rest = None, rest
+            self._event.set()
 
-    async def take(self) -> bytes:
-        """All that waits, as bytes; waits for at least one."""
-        while not self._frames:
-            self._event = trio.Event()
-            await self._event.wait()
-        frames = list(self._frames)
-        self._frames.clear()
-        return b"".join(self._codec.encode_frame(frame) for frame in frames)
+    async def send_to(self, pipe: trio.abc.SendStream) -> None:
+        """Send what is put, until cancelled. Raises trio.BrokenResourceError when the worker is dead."""
+        fd = _descriptor(pipe)
+        try:
+            while True:
+                while self._rest or self._frames:
+                    data = self._rest + b"".join(map(self._codec.encode_frame, self._frames))
+                    self._frames.clear()
+                    self._rest = b""
+                    await _send_all(pipe, fd, data)
+                self._fd = fd
+                self._event = trio.Event()
+                await self._event.wait()
+        finally:
+            self._fd = None  # its number may soon be another file's
 
 
 def _environment() -> dict[str, str]:
@@ -85,9 +106,8 @@ async def _receive_some(pipe: trio.abc.ReceiveStream) -> bytes:
             continue
 
 
-async def _send_all(pipe: trio.abc.SendStream, data: bytes) -> None:
+async def _send_all(pipe: trio.abc.SendStream, fd: int | None, data: bytes) -> None:
     """As the pipe's own, without giving way first. Raises trio.BrokenResourceError."""
-    fd = _descriptor(pipe)
     if fd is None:
         await pipe.send_all(data)
         return
@@ -176,11 +196,8 @@ class WorkerProcess(Generic[To, From]):
     async def _write(self, process: trio.Process) -> None:
         stdin = process.stdin
         assert stdin is not None  # noqa: S101  (PIPE was asked for; tells the type checker)
-        try:
-            while True:
-                await _send_all(stdin, await self.outbox.take())
-        except trio.BrokenResourceError:
-            pass  # it is dead; the reader sees the end of its output
+        with suppress(trio.BrokenResourceError):  # it is dead; the reader sees the end of its output
+            await self.outbox.send_to(stdin)
 
     async def _read_stderr(self, process: trio.Process) -> None:
         stderr = process.stderr

@@ -2,6 +2,10 @@
 
 The main thread is the engine. A reader thread takes commands off stdin, a preparer thread renders and tokenises
 new jobs, a beat thread says that the process lives. It ends when its stdin does: with its parent.
+
+Where a command's way counts more than what can be done beside a step (`reads_between_steps`), there is no
+reader thread: the engine's own takes commands when it has nothing to do, and between steps. That saves waking
+one more thread for each. If the parent ends during a step, the beat finds out.
 """
 
 from __future__ import annotations
@@ -16,12 +20,13 @@ os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
 import gc
 import queue
+import select
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final, Generic, NoReturn, TypeAlias, TypeVar
+from typing import ClassVar, Final, Generic, NoReturn, TypeAlias, TypeVar
 
 from cargos.runtimes.base import JobRefused
 from cargos.runtimes.llama.native import Model, NativeError
@@ -43,6 +48,7 @@ from cargos.runtimes.llama.wire import (
     WorkerKind,
 )
 from protocol.codec import LENGTH, FrameBuffer, Message, encode
+from protocol.limits import MIB
 
 #: Exit codes, for the parent's log: a bug in here, and a failure of the native library.
 EXIT_BUG: Final = 70
@@ -50,6 +56,13 @@ EXIT_NATIVE: Final = 71
 
 #: A thread that renders a template gives the engine the interpreter back this often.
 _SWITCH_INTERVAL_S: Final = 0.0005
+
+#: Of a command that has come in part, the rest is waited for before the next step: the parent is about to send
+#: it.
+_REST_MS: Final = 50
+
+#: Between two steps at most this much is read, so that no flood of commands keeps the engine from its work.
+_MOST_BYTES: Final = 32 * MIB
 
 #: Load progress is reported in steps of this share of the file.
 _LOAD_REPORT_SHARE: Final = 0.02
@@ -186,12 +199,21 @@ class Intake:
 class Workshop(ABC, Generic[To, Command]):
     """One worker process's work; made with the first frame, when the model has been loaded.
 
-    `inbox`: what the engine's thread is to `handle` between steps.
+    `inbox`: what the engine's thread is to `handle` between steps; other threads use `tell`.
     """
+
+    reads_between_steps: ClassVar[bool] = False
 
     def __init__(self, output: Output) -> None:
         self.output = output
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._bell, self._rope = os.pipe()
+
+    def tell(self, command: Command) -> None:
+        """Put it into the inbox, and wake the engine's thread."""
+        self.inbox.put(command)
+        if self.reads_between_steps:
+            os.write(self._rope, b"!")
 
     @abstractmethod
     def warm_up(self) -> Message:
@@ -216,11 +238,35 @@ class Workshop(ABC, Generic[To, Command]):
     def run(self) -> NoReturn:
         worked = False
         while True:
-            if not worked:
+            if self.reads_between_steps:
+                self._listen(wait=not worked)
+            elif not worked:
                 self.handle(self.inbox.get())
             while not self.inbox.empty():
                 self.handle(self.inbox.get())
             worked = self.step()
+
+    def _listen(self, *, wait: bool) -> None:
+        """Take what commands there are; with `wait` at least one, or what another thread tells."""
+        for fd, _ in self._poll.poll(None if wait else 0):
+            if fd == self._bell:
+                os.read(fd, READ_BYTES)
+            else:
+                self._read_some()
+
+    def _read_some(self) -> None:
+        size = 0
+        while size < _MOST_BYTES:
+            chunk = os.read(0, READ_BYTES)
+            if not chunk:
+                os._exit(0)
+            size += len(chunk)
+            for message in self._commands.feed_untrusted(chunk):
+                self.dispatch(message)
+            if len(chunk) < READ_BYTES and not len(self._commands):
+                return
+            if not self._poll_stdin.poll(_REST_MS if len(self._commands) else 0):
+                return
 
     def start(self, commands: FrameBuffer[To], first: list[To]) -> None:
         ready = self.warm_up()
@@ -228,13 +274,21 @@ class Workshop(ABC, Generic[To, Command]):
         gc.freeze()
         self.output.send(ready)
         threading.Thread(target=self._watch, daemon=True).start()
-        threading.Thread(target=self._read, args=(commands, first), daemon=True).start()
-
-    def _read(self, commands: FrameBuffer[To], first: list[To]) -> None:
+        self._commands = commands
         for message in first:
             self.dispatch(message)
+        if self.reads_between_steps:
+            self._poll, self._poll_stdin = select.poll(), select.poll()
+            for poll, fd in ((self._poll, 0), (self._poll, self._bell), (self._poll_stdin, 0)):
+                poll.register(fd, select.POLLIN)
+            if first:
+                os.write(self._rope, b"!")
+        else:
+            threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
         while chunk := os.read(0, READ_BYTES):
-            for message in commands.feed_untrusted(chunk):
+            for message in self._commands.feed_untrusted(chunk):
                 self.dispatch(message)
         os._exit(0)
 

@@ -40,6 +40,8 @@ _Command: TypeAlias = _Told | FromIntake
 
 
 class _Worker(Workshop[ToShard, _Command]):
+    reads_between_steps = True  # a ring waits for each command
+
     def __init__(self, output: Output, load: ToShard) -> None:
         super().__init__(output)
         if not isinstance(load, Stage):
@@ -53,7 +55,7 @@ class _Worker(Workshop[ToShard, _Command]):
             self._engine: StageEngine = HeadEngine(model, load)
             self._head = self._engine
             preparer = Preparer(model, load.context_length, load.chat_template, load.system_prompt)
-            self._intake = Intake(model, preparer, output, self.inbox.put)
+            self._intake = Intake(model, preparer, output, self.tell)
         else:
             self._engine = StageEngine(model, load)
         self._heard = 0
