@@ -12,6 +12,7 @@ from rich.text import Text
 
 from node.control import ask_status
 from node.snapshot import CargoSnapshot, OverlaySnapshot, PiecesSnapshot, Snapshot
+from protocol.codec import excerpt
 
 _REFRESH_S = 0.5
 _STATE_STYLE = {"ready": "green", "connected": "green", "failed": "red"}
@@ -85,7 +86,7 @@ def _pieces(pieces: PiecesSnapshot) -> Text:
 
 def _coordinators(now: Snapshot) -> Text:
     names = {peer.peer: peer.name for peer in now.peers}
-    told = ", ".join(names.get(peer) or peer[-12:] for peer in now.coordinators)
+    told = excerpt(", ".join(names.get(peer) or peer[-12:] for peer in now.coordinators))
     return Text(f"coordinators: {told}") if told else Text("no coordinator yet: no jobs come", style="yellow")
 
 
@@ -137,13 +138,18 @@ def _peers(now: Snapshot) -> Table:
     table = _table("Peer", "roles", "state", "RTT ms", "address")
     for peer in now.peers:
         table.add_row(
-            peer.name or peer.peer[-12:] or "?",
-            ", ".join(peer.roles),
+            _said(peer.name) if peer.name else peer.peer[-12:] or "?",
+            _said(", ".join(peer.roles)),
             Text(peer.state, style=_STATE_STYLE.get(peer.state, "yellow")),
             "-" if peer.rtt_ms is None else f"{peer.rtt_ms:.2f}",
             peer.address.partition("/p2p/")[0] or "inbound",  # who it is stands in front
         )
     return table
+
+
+def _said(text: str) -> Text:
+    """A peer's own words: no markup of ours, and nothing that steers the terminal."""
+    return Text(excerpt(text))
 
 
 def _jobs(now: Snapshot) -> Table:
