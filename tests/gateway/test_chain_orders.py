@@ -22,6 +22,7 @@ from node.peers import Peers, open_peers
 from node.rpc import CallFailed, PeerUnreachable
 from node.shards.orders import RelayedOrders
 from protocol.adverts import Hello, IslandAdvert, OfferedCargo, ShardRange
+from protocol.codec import encode
 from protocol.coordination import AdvertPut, Follow
 from protocol.dice import Dice
 from protocol.envelope import Envelope
@@ -30,14 +31,18 @@ from protocol.instants import SECOND_NS, UnixNs
 from protocol.machine import Received
 from protocol.ring import (
     HOLD_SHARD,
+    MAX_LAYERS,
     METHOD_HOLD,
     METHOD_HOLD_FOR,
     METHOD_RELAY_HOLD,
     RELAYED_ORDER,
     SHARD_HELD,
+    SHARD_ORDER,
+    SHARD_ORDER_KIND,
     HoldShard,
     RelayedOrder,
     ShardHeld,
+    ShardOrder,
 )
 from routing.coordinator import Coordinator
 from routing.notary import EnvelopeNotary
@@ -263,3 +268,12 @@ async def test_whom_a_coordinator_serves(world) -> None:
             codes.append(refused.value.code)
         assert "busy" in codes
         assert await here.give() == ShardHeld(0, 6), "others are not hindered by it"
+
+
+def test_the_largest_order_fits_into_its_message() -> None:
+    signer = new_identity().signer
+    largest = ShardOrder("p" * 64, HoldShard(CARGO, MAX_LAYERS, MAX_LAYERS, displace=True))
+    most = (1 << 63) - 1
+    envelope = signer.seal(SHARD_ORDER_KIND, largest, sequence=most, expires_unix_ns=UnixNs(most))
+    relayed = RELAYED_ORDER.decode_untrusted(encode(RelayedOrder(envelope)))
+    assert SHARD_ORDER.decode_untrusted(relayed.envelope.body) == largest
