@@ -23,6 +23,7 @@ _EPILOG = """\
 examples:
   archi demo                          three Islands and a gateway on this machine, and a first answer
   archi demo --islands 5 --port 9000
+  archi demo --islands 4 --memory-mb 150 --cargo smollm2-135m-f16    a model too large for any one of them
   archi chat                          talk to the demo's gateway (in another terminal)
   archi chat --url https://gateway.example/v1 --key ak_...
 """

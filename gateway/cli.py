@@ -19,6 +19,7 @@ _SHORTCUTS = (
     ("--port", "http.port", "port of the HTTP API; 0: any free one"),
     ("--listen", "mesh.listen", "multiaddrs where Islands connect, separated by commas"),
     ("--island", "mesh.islands", "full multiaddrs of Islands to dial, separated by commas"),
+    ("--bootstrap", "mesh.bootstrap", "multiaddrs of peers to enter the overlay by, separated by commas"),
     ("--log-format", "log.format", "console or json"),
 )
 
@@ -27,6 +28,7 @@ examples:
   archi-gateway key                                   make an API key for the configuration
   ARCHI_API_KEY=ak_... archi-gateway run              one key, on 127.0.0.1:8080
   archi-gateway run --config gateway.toml --port 9000
+  archi-gateway run --port 8081 --bootstrap MULTIADDR  a second one, which serves what Islands anywhere offer
 
 It prints the multiaddr that Islands need: archi-node run --coordinator MULTIADDR
 Settings come from the file, then ARCHI_* variables, then flags; each overrides the one before.

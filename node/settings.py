@@ -88,6 +88,11 @@ def load_settings(
         raise SettingsError(_explain(str(error), kind, origins)) from error
 
 
+def setting_names(kind: type[Settings]) -> frozenset[str]:
+    """Dotted names of all settings."""
+    return frozenset(path for path, _ in _fields_of(kind))
+
+
 def list_settings(kind: type[Settings]) -> frozenset[str]:
     """Dotted names of the settings that hold lists."""
     return frozenset(path for path, hint in _fields_of(kind) if _is_list(hint))

@@ -89,7 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_scenario(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "scenario", metavar="SCENARIO", help="a .toml file, a shipped scenario's name, or a run.json"
+        "scenario",
+        metavar="SCENARIO",
+        help="a .toml file, a shipped scenario's name, or an earlier run: its folder or its run.json",
     )
     parser.add_argument("--nodes", metavar="N", type=int, help="nodes [world.nodes]")
     parser.add_argument("--seed", metavar="S", type=int, help="seed of all draws [world.seed]")

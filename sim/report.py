@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from html import escape
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from sim.charts import draw
@@ -189,6 +190,7 @@ def _configuration(result: Result) -> str:
     repeat = "archi-sim run run.json        # in this folder: the same history, byte for byte"
     return (
         f"<p>Repeat it:</p><pre>{repeat}</pre>"
-        f"<p>Cite it by scenario <code>{escape(name)}</code>, seed and sha256.</p>"
+        f"<p>Cite it by scenario <code>{escape(name)}</code>, seed, sha256, and archipelag's version, "
+        f"{escape(version('archipelag'))}.</p>"
         f"<details><summary>Settings that differ from the defaults</summary><pre>{escape(text)}</pre></details>"
     )

@@ -31,10 +31,15 @@ class ScenarioError(Exception):
 
 
 def find_scenario(name: str) -> Path:
-    """The file of this path, or the shipped scenario of this name. Raises ScenarioError."""
+    """The file of this path, the run.json in the folder of this path, or the shipped scenario of this name.
+
+    Raises ScenarioError.
+    """
     given = Path(name)
     if given.is_file():
         return given
+    if (given / "run.json").is_file():
+        return given / "run.json"
     shipped = SHIPPED / (name if name.endswith(".toml") else f"{name}.toml")
     if given.name == name.removesuffix(".toml") + given.suffix and shipped.is_file():
         return shipped
@@ -144,7 +149,7 @@ def _explain(text: str) -> str:
         return f"{path or 'the file'}: {in_plain_words(message, ScenarioSettings, path)}"
     name = message.split("`")[1]
     full = f"{path}.{name}" if path else name
-    known = list(_names(ScenarioSettings))
+    known = list(setting_names(ScenarioSettings))
     close = difflib.get_close_matches(_without_numbers(full), known, n=1, cutoff=0.5)
     siblings = [n.rpartition(".")[2] for n in known if n.rpartition(".")[0] == _without_numbers(path)]
     hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(siblings)}"
@@ -155,10 +160,10 @@ def _without_numbers(path: str) -> str:
     return "".join(part.split("]")[-1] for part in path.split("["))
 
 
-def _names(kind: type[Section], prefix: str = "") -> Iterator[str]:
+def setting_names(kind: type[Section], prefix: str = "") -> Iterator[str]:
     """Dotted names of all settings, sections and elements of lists included."""
     for name, hint in get_type_hints(kind).items():
         yield f"{prefix}{name}"
         for inner in (hint, *get_args(hint)):
             if isinstance(inner, type) and issubclass(inner, Section):
-                yield from _names(inner, f"{prefix}{name}.")
+                yield from setting_names(inner, f"{prefix}{name}.")
