@@ -146,7 +146,7 @@ async def test_generations_at_their_end_break_no_link_of_others(toys, answer) ->
     a, b, c = await toys.nodes((0, 4), (4, 9), (9, 12))
     for node in (a, b, c):
         node.stage.pace_s = 0.002
-    job = await toys.offer(toys.chain_of([a, b, c]), 200)
+    job = await toys.offer(toys.chain_of([a, b, c]), 80)
     await toys.tokens(job, until=3)
     async with stranger_at(a) as (host, stream):
         stages = (

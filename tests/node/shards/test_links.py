@@ -304,11 +304,11 @@ async def test_spares_get_a_connection_in_advance(make_end, until) -> None:
 
 
 async def test_a_link_that_no_session_uses_ends(make_end, until, monkeypatch) -> None:
-    monkeypatch.setattr(links_module, "IDLE_DOWNSTREAM_S", 0.4)
+    monkeypatch.setattr(links_module, "IDLE_DOWNSTREAM_S", 2.0)
     async with make_end() as a, make_end() as b:
         a.links.send_to_stage(b.peer, open_to(b.peer, b.host.addresses))
         for number in range(8):
-            await trio.sleep(0.1)
+            await trio.sleep(0.3)
             a.links.send_to_stage(b.peer, RingPing(number + 1))
         await until(lambda: len(b.got) == 9)
         await until(lambda: b.up_lost == [a.peer])
