@@ -59,6 +59,10 @@ from routing.requirements import Outlook, Requirements
 SETTLE_NS: Final = SECOND_NS
 MAX_SETTLE_NS: Final = 5 * SECOND_NS
 
+#: Gateways that know a Cargo's Islands only through coordinators see the same and would all order at once, each
+#: its own chain. Each waits for a drawn part of this, and most find what the first one ordered. No job waits.
+STAGGER_NS: Final = 10 * SECOND_NS
+
 #: An Island that took an order shows it in its advert within this time, or the order counts as lost.
 ORDER_SHOWN_NS: Final = 20 * SECOND_NS
 
@@ -112,9 +116,14 @@ class Stepped(msgspec.Struct, frozen=True):
     became_ready: bool = False
 
 
+def _anybody(_peer: PeerId) -> bool:
+    return True
+
+
 class ChainBook:
     """`sharding_of`: how a Cargo's layers can be spread, from its manifest; None: not known (yet), or not at
-    all. `rtt_of`: between two Islands. `me`: the gateway, whom heads answer.
+    all. `rtt_of`: between two Islands. `me`: the gateway, whom heads answer. `ours`: whether an Island
+    advertises to it.
     """
 
     def __init__(
@@ -128,6 +137,7 @@ class ChainBook:
         rtt_of: RttOf,
         dice: Dice,
         dtype: Dtype = "f16s",
+        ours: Callable[[PeerId], bool] = _anybody,
         balance: BalancePolicy | None = None,
     ) -> None:
         self._islands = islands
@@ -138,6 +148,7 @@ class ChainBook:
         self._rtt_of = rtt_of
         self._dice = dice
         self._dtype: Dtype = dtype
+        self._ours = ours
         self._balance_policy = balance or BalancePolicy()
         self._balance_ns = min(BALANCE_NS, self._balance_policy.smoothing_ns // BALANCE_LOOKS)
         self._cargos: dict[str, ChainedCargo] = {}
@@ -259,7 +270,7 @@ class ChainBook:
             cargo.ready = False
             cargo.layout, cargo.progress = None, NotYet() if learning else None
             return Stepped()
-        wake = self._settling(now, cargo)
+        wake = self._settling(now, digest, cargo)
         if wake is not None:
             cargo.progress = NotYet(0, sharding.layers)
             return Stepped(wake=wake)
@@ -326,10 +337,14 @@ class ChainBook:
         for peer in [peer for peer, refused in cargo.refused.items() if refused.until + REFUSED_MAX_NS < now]:
             del cargo.refused[peer]
 
-    def _settling(self, now: Instant, cargo: ChainedCargo) -> Instant | None:
+    def _settling(self, now: Instant, digest: str, cargo: ChainedCargo) -> Instant | None:
         if cargo.settled:
             return None
         until = min(after(cargo.newcomer, SETTLE_NS), after(cargo.first_seen, MAX_SETTLE_NS))
+        if not self.is_asked(now, digest) and not any(map(self._ours, cargo.known)):
+            if cargo.stagger_ns is None:
+                cargo.stagger_ns = self._dice.below(STAGGER_NS)
+            until = after(until, cargo.stagger_ns)
         if until <= now:
             cargo.settled = True
             return None

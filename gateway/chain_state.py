@@ -57,3 +57,4 @@ class ChainedCargo:
     balancer: Balancer[PeerId] = field(default_factory=Balancer[PeerId])
     balanced: Instant = NEVER
     settled: bool = False
+    stagger_ns: int | None = None

@@ -95,6 +95,7 @@ class ChainKeeper:
             requirements=requirements,
             sharding_of=work.sharding,
             rtt_of=self._rtt_ns,
+            ours=known.advertises_here,
             dice=Dice(overlay.dice.u64(), stream=7),
             dtype=dtype,
             balance=balance,

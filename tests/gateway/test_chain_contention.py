@@ -4,6 +4,7 @@ book and the Islands' own rule of memory, on a clock of the test's.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cargos.manifest import Sharding
-from gateway.chain_book import ChainBook, Order
+from gateway.chain_book import STAGGER_NS, ChainBook, Order
 from node.shards.hosted import HostedShard
 from node.shards.memory import UNUSED_S, ShardMemory
 from protocol.adverts import IslandAdvert, OfferedCargo, ShardRange
@@ -112,6 +113,7 @@ class World:
         gateways: int = 1,
         load_s: float = 5.0,
         offered: tuple[CargoDigest, ...] = (FIRST, SECOND),
+        ours: bool = True,
     ) -> None:
         self.now = Instant(SECOND_NS)
         self.sequence = 0
@@ -122,10 +124,12 @@ class World:
         }
         for isle in self.isles.values():
             isle.offered = offered
-        self.books = [self._book(n) for n in range(gateways)]
-        self.pass_time(6.0)
+        self.orderers: set[int] = set()
+        self.books = [self._book(n, ours=ours) for n in range(gateways)]
+        self.pass_time(0.5 if not ours else 6.0)
 
-    def _book(self, seed: int) -> tuple[ChainBook, IslandBook[PeerId]]:
+    @staticmethod
+    def _book(seed: int, *, ours: bool) -> tuple[ChainBook, IslandBook[PeerId]]:
         islands: IslandBook[PeerId] = IslandBook(ttl_ns=1 << 62)
         book = ChainBook(
             islands,
@@ -133,8 +137,9 @@ class World:
             me=ME,
             requirements=ANYTHING,
             sharding_of=lambda _: SHARDING,
-            rtt_of=lambda _a, _b: MILLISECOND_NS,
+            rtt_of=lambda a, b: zlib.crc32(f"{seed}{min(a, b)}{max(a, b)}".encode()) % (50 * MILLISECOND_NS),
             dice=Dice(seed),
+            ours=lambda _: ours,
         )
         return book, islands
 
@@ -157,6 +162,7 @@ class World:
                     stepped = book.step(self.now, digest, learning=False)
                     given += [(book, digest, order) for order in stepped.orders]
             for book, digest, order in given:  # all orders of one moment are under way together
+                self.orderers.add(next(n for n, (one, _) in enumerate(self.books) if one is book))
                 book.answered(self.now, digest, order, self.isles[order.peer].hold(self.now_s, order.hold))
             self._tell()
 
@@ -261,6 +267,23 @@ def test_spares_give_way_to_a_chain_that_is_asked_for() -> None:
     assert world.ask_until_served(SECOND, 60) < 30
     assert world.ask(FIRST)
     assert world.ready() == [FIRST, SECOND]
+
+
+def test_gateways_that_see_the_same_islands_from_afar_do_not_order_at_once() -> None:
+    """Six of them, whose plans differ. The first one forms a chain, the others find it."""
+    world = World([80] * 3, gateways=6, offered=(FIRST,), ours=False)
+    world.pass_time(STAGGER_NS / SECOND_NS + 8, step_s=0.1)
+    assert [world.ready(gateway) for gateway in range(6)] == [[FIRST]] * 6
+    assert len(world.orderers) == 1
+    asked = World([80] * 3, gateways=6, offered=(FIRST,), ours=False)
+    assert asked.ask_until_served(FIRST, 20, gateway=5) < 10, "who is asked does not wait"
+
+
+def test_gateways_that_order_at_once_end_with_one_chain() -> None:
+    world = World([80] * 5, gateways=6, offered=(FIRST,))
+    world.pass_time(30)
+    assert len(world.orderers) > 1
+    assert [world.ready(gateway) for gateway in range(6)] == [[FIRST]] * 6
 
 
 def test_two_gateways_want_one_each() -> None:
