@@ -29,6 +29,7 @@ from node.link_watch import LinkWatch, finish_link
 from node.p2p import Host, HostEvent, PeerDirect, Stream, StreamBroken, Unreachable, parse_peer_address
 from node.p2p.errors import AddressInvalid
 from node.p2p.host import plain_errors
+from node.p2p.rates import RateLimit
 from node.peer_types import Known, PeerChanged, PeerDown, PeerEvent, PeersConfig, PeerState, PeerUp, PeerView
 from node.reach import Reacher
 from node.rpc import CallFailed, Method, Methods, PeerUnreachable, Refused, RpcCounters, RpcLink
@@ -50,6 +51,10 @@ __all__ = [
     "PeersConfig",
     "open_peers",
 ]
+
+#: How often a peer may say something new of itself. Addresses and roles change a few times an hour, in bursts
+#: while a node finds out how it can be reached; each word is looked at by all parts of this node.
+HELLOS_PER_MINUTE: Final = 60
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -98,6 +103,7 @@ class Peers:
         self._subscribers: list[Callable[[PeerEvent], None]] = []
         self._listeners: list[Callable[[PeerId, int], None]] = []
         self._closed = False
+        self._hellos = RateLimit[PeerId](HELLOS_PER_MINUTE, per_s=60.0)
         self.watch: Final = LinkWatch(host, self._known, self._needed, config)
         self._reacher = Reacher(
             self._open_link, self._known.__contains__, self._host_connected, nursery, config
@@ -291,6 +297,9 @@ class Peers:
             return
 
         async def greet(peer: PeerId, hello: Hello) -> Hello:
+            known = self._known.get(peer)
+            if known is not None and known.link is link:
+                self._admit_news(peer)
             if not self._adopt(link, hello, ours=False):
                 raise Refused("busy", f"another link to {peer} is in use")
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -438,11 +447,17 @@ class Peers:
 
     async def _greet_again(self, peer: PeerId, hello: Hello) -> Hello:
         """A peer whose link we opened says something new of itself."""
+        self._admit_news(peer)
         known = self._known.get(peer)
         if known is not None:
             self._renew(known.link, hello)
         await trio.lowlevel.checkpoint_if_cancelled()
         return self._hello
+
+    def _admit_news(self, peer: PeerId) -> None:
+        """Raises Refused if this peer says too often who it is."""
+        if not self._hellos.take(peer, trio.current_time()):
+            raise Refused("busy", "too much that is new at a time")
 
     def _take_bye(self, peer: PeerId, _: Accepted) -> None:
         known = self._known.get(peer)

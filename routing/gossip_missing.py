@@ -26,7 +26,7 @@ class MissingItems(Generic[P]):
         self._neighbours: Final = neighbours
         self._sources: dict[int, list[P]] = {}
         # The delays are constant, so both queues are in the order of their times.
-        self._waiting: OrderedDict[int, Instant] = OrderedDict()
+        self._waiting: OrderedDict[int, tuple[Instant, Neighbour[P]]] = OrderedDict()
         self._asked: OrderedDict[int, tuple[Instant, P]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -35,9 +35,8 @@ class MissingItems(Generic[P]):
     def next_due(self) -> Instant | None:
         waiting = next(iter(self._waiting.values()), None)
         asked = next(iter(self._asked.values()), None)
-        if waiting is None or asked is None:
-            return waiting if asked is None else asked[0]
-        return min(waiting, asked[0])
+        times = [one[0] for one in (waiting, asked) if one is not None]
+        return min(times, default=None)
 
     def announced(self, now: Instant, neighbour: Neighbour[P], ids: Iterable[int], *, missing: bool) -> None:
         """The neighbour has these, which we have not. `missing`: no push will bring them."""
@@ -46,22 +45,23 @@ class MissingItems(Generic[P]):
             if sources is None:
                 if len(self._sources) >= self._policy.max_missing:
                     return
-                if len(neighbour.backlog) >= self._policy.max_missing // 4:
+                if len(neighbour.backlog) + neighbour.waiting >= self._policy.max_missing // 4:
                     return
                 self._sources[item_id] = [neighbour.peer]
                 if missing:
                     neighbour.backlog.append(item_id)
                 else:
-                    self._waiting[item_id] = after(now, self._policy.graft_ns)
+                    self._waiting[item_id] = (after(now, self._policy.graft_ns), neighbour)
+                    neighbour.waiting += 1
             elif neighbour.peer not in sources and len(sources) < MAX_SOURCES:
                 sources.append(neighbour.peer)
-                if missing and self._waiting.pop(item_id, None) is not None:
+                if missing and self._waits_no_more(item_id):
                     neighbour.backlog.append(item_id)
 
     def arrived(self, item_id: int, sender: P) -> bool:
         """It is here. True if we had asked the sender for it."""
         self._sources.pop(item_id, None)
-        self._waiting.pop(item_id, None)
+        self._waits_no_more(item_id)
         asked = self._asked.pop(item_id, None)
         if asked is None:
             return False
@@ -98,8 +98,9 @@ class MissingItems(Generic[P]):
 
     def wants(self, now: Instant) -> list[tuple[P, Want]]:
         """What to ask for now, of each neighbour so much at a time."""
-        while self._waiting and next(iter(self._waiting.values())) <= now:
-            item_id, _ = self._waiting.popitem(last=False)
+        while self._waiting and next(iter(self._waiting.values()))[0] <= now:
+            item_id = next(iter(self._waiting))
+            self._waits_no_more(item_id)
             having = map(self._neighbours.get, self._sources[item_id])
             neighbour = next((one for one in having if one is not None), None)
             if neighbour is None:
@@ -121,6 +122,14 @@ class MissingItems(Generic[P]):
                 wanted.append((peer, Want(tuple(ids), neighbour.graft)))
                 neighbour.graft = False
         return wanted
+
+    def _waits_no_more(self, item_id: int) -> bool:
+        """Whether it did."""
+        waiting = self._waiting.pop(item_id, None)
+        if waiting is None:
+            return False
+        waiting[1].waiting -= 1
+        return True
 
     def _next_source(self, item_id: int, failed: P) -> None:
         """Ask another that announced it, or forget it."""

@@ -125,8 +125,9 @@ class Budget:
 
 @dataclass(slots=True)
 class Neighbour(Generic[P]):
-    """`eager`: we push to it. `pushes`: it pushes to us. `asked`: items it owes us. `awaits_sums`,
-    `awaits_compare`: the next step of a comparison, which is nothing else than an answer.
+    """`eager`: we push to it. `pushes`: it pushes to us. `asked`: items it owes us; `waiting`: that it was the
+    first to announce and that a push may still bring. `awaits_sums`, `awaits_compare`: the next step of a
+    comparison, which is nothing else than an answer.
     """
 
     peer: P
@@ -137,6 +138,7 @@ class Neighbour(Generic[P]):
     strikes: int = 0
     useless: int = 0
     asked: int = 0
+    waiting: int = 0
     broken: int = 0
     graft: bool = False
     awaits_sums: bool = False

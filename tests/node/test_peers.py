@@ -216,6 +216,27 @@ async def test_a_peer_that_sends_garbage_is_disconnected(until) -> None:
         assert pb.counters.malformed == 1
 
 
+async def test_who_has_ever_more_to_say_of_itself_is_heard_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.peers.HELLOS_PER_MINUTE", 5)
+    async with open_host(new_identity()) as a, open_host(new_identity()) as b:
+        async with peers_of(a, "a") as pa, peers_of(b, "b") as pb:
+            watch_a, watch = Watch(pa), Watch(pb)
+            pa.keep(b.addresses[0])
+            await watch_a.next(PeerUp)
+            await watch.next(PeerUp)
+            refused = 0
+            for i in range(20):
+                try:
+                    hello = Hello(f"a{i}", "0")
+                    await pa.call(b.peer, "hello", hello, HELLO, deadline_ns=PATIENCE_S * SECOND_NS)
+                except CallFailed as error:
+                    assert error.code == "busy"
+                    refused += 1
+            assert refused >= 10
+            assert len(watch.events) == 20 - refused
+            assert pb.up() == (a.peer,)
+
+
 async def test_our_own_sleep_is_not_held_against_others(monkeypatch) -> None:
     """After this process was frozen itself, peers get time to be heard before they are judged."""
     config = PeersConfig(heartbeat_ns=100 * MILLISECOND_NS, dead_after_ns=400 * MILLISECOND_NS)

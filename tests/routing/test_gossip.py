@@ -503,7 +503,7 @@ def test_bogus_announcements_hold_bounded_memory() -> None:
     for i in range(60):
         world.inject(STRANGER, 0, Have(tuple(range(i * 4096, (i + 1) * 4096))))
     node = world.nodes[0]
-    assert len(node._missing._sources) <= world.policy.max_missing
+    assert len(node._missing._sources) <= world.policy.max_missing // 4  # the rest is for what others announce
     world.run(600)
     assert not node._missing._sources
     assert not node._missing._waiting
