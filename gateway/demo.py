@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import httpx
 import trio
@@ -64,6 +64,8 @@ MAX_MEMORY_MIB: Final = 1 << 20
 SMALL_SEQUENCES: Final = ("shards.slots=2", "shards.context_length=2048")
 #: Islands that joined are told of this much later at most; then it is clear whether they have room enough.
 SETTLED_S: Final = 8.0
+#: A process's log in its folder, if that is kept: a JSON object on each line, and what it said as it broke.
+LOG_NAME: Final = "log.jsonl"
 #: Loading a Cargo on a busy two-core machine takes seconds; minutes mean that something is wrong.
 READY_TIMEOUT_S: Final = 180
 #: What a child said before it ended is read within this time, unless its own children still hold the pipe.
@@ -101,7 +103,7 @@ def register(subparsers: Any) -> None:  # noqa: ANN401 - argparse has no public 
     parser.add_argument("--cargo", default=DEFAULT_CARGO, help="Cargo to run: a name or a manifest file")
     parser.add_argument("--key", help="API key to use (default: a fresh one)")
     parser.add_argument("--no-question", action="store_true", help="do not ask a first question")
-    parser.add_argument("--data-dir", type=Path, help="keep the processes' state and logs there")
+    parser.add_argument("--data-dir", type=Path, help="keep the processes' state and logs (log.jsonl) there")
     parser.add_argument(
         "--set-gateway", action="append", default=[], metavar="NAME=VALUE", help="a setting of the gateway"
     )
@@ -142,6 +144,7 @@ class Demo:
         self._chain: ChainShown | None = None
         self._no_chain: NoChainShown | None = None
         self._connection = connection_path(os.environ)
+        self._logs = ExitStack()
         self._short_since = 0.0
         self._is_ready = False
         self.question_failed = False
@@ -151,7 +154,7 @@ class Demo:
         async with trio.open_nursery() as outer:
             inner = trio.CancelScope()
             await outer.start(self._stop_on_signal, inner)
-            with inner:
+            with inner, self._logs:
                 try:
                     await self._run()
                 finally:
@@ -245,6 +248,7 @@ class Demo:
         self, nursery: trio.Nursery, label: str, data_dir: Path, module: list[str], extra: Mapping[str, str]
     ) -> Child:
         environment = {name: value for name, value in os.environ.items() if name != "ARCHI_CONFIG"}
+        log = self._log_in(data_dir)
         process = await trio.lowlevel.open_process(
             [sys.executable, "-m", *module],
             stdin=subprocess.PIPE,
@@ -253,7 +257,7 @@ class Demo:
             env={**environment, **extra, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C is for us; we end the children in order
         )
-        child = Child(label, process, data_dir)
+        child = Child(label, process, data_dir, log)
         self._children.append(child)
         nursery.start_soon(self._read_logs, child)
         nursery.start_soon(self._watch, child)
@@ -391,6 +395,8 @@ class Demo:
         assert child.process.stderr is not None  # noqa: S101 - opened with a pipe
         buffer = b""
         async for chunk in child.process.stderr:
+            if child.log is not None:
+                child.log.write(chunk)
             *lines, buffer = (buffer + chunk).split(b"\n")
             for line in lines:
                 text = line.decode("utf-8", "replace")
@@ -400,6 +406,16 @@ class Demo:
                 if (told := told_untrusted(child.label, text, self._tally)) is not None:
                     self._say(terminal_safe(told[0]), style=told[1])
         child.read.set()
+
+    def _log_in(self, data_dir: Path) -> BinaryIO | None:
+        """Where a process's log is kept, if its folder is. Raises DemoFailed."""
+        if self._arguments.data_dir is None:
+            return None
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            return self._logs.enter_context((data_dir / LOG_NAME).open("ab", buffering=0))
+        except OSError as error:
+            raise DemoFailed(f"{data_dir}: {error.strerror}; choose another place with --data-dir") from error
 
     def _take_chain(self, chain: ChainShown | NoChainShown) -> None:
         """Before the demo is ready, its end is waited for; after, changes are told at once."""

@@ -6,7 +6,7 @@ import signal
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import trio
 
@@ -28,6 +28,7 @@ class Child:
     label: str
     process: trio.Process
     data_dir: Path
+    log: BinaryIO | None = None
     last_lines: deque[str] = field(default_factory=lambda: deque[str](maxlen=LAST_LINES))
     read: trio.Event = field(default_factory=trio.Event)
     """All that it wrote to its log was read: it has ended."""

@@ -193,6 +193,7 @@ def test_children_do_not_outlive_a_killed_demo(program_class: Any) -> None:
         (["--cargo", "smolm2-135m"], "Did you mean 'smollm2-135m'"),
         (["--set-gateway", "jobs.nonsense=1"], "there is no setting"),
         (["--set-island", "engine.threds=1"], "did you mean 'engine.threads'"),
+        (["--data-dir", "/dev/null"], "/dev/null/gateway: Not a directory; choose another place"),
     ],
 )
 def test_bad_input_is_one_clear_error(program_class: Any, flags: list[str], said: str) -> None:
@@ -210,7 +211,8 @@ def test_a_terminal_that_is_closed_leaves_nothing(own_runtime_dir: Path, tmp_pat
     """No process, no folder, no file for `archi chat`."""
     folders = tmp_path / "folders"
     folders.mkdir()
-    demo = OnTerminal("--islands", "1", "--no-question", TMPDIR=str(folders))
+    kept = tmp_path / "kept"
+    demo = OnTerminal("--islands", "1", "--no-question", "--data-dir", str(kept), TMPDIR=str(folders))
     try:
         demo.read_until(b"Ctrl-C stops all")
         pids = [int(pid) for pid in re.findall(rb" pid (\d+)\r", demo.output)]
@@ -223,5 +225,8 @@ def test_a_terminal_that_is_closed_leaves_nothing(own_runtime_dir: Path, tmp_pat
         assert wait_gone(pids) == []
         assert not list(folders.glob("archipelag-demo-*"))
         assert not own_runtime_dir.exists()
+        for name in ("gateway", "coral"):  # what was asked for stays
+            lines = (kept / name / "log.jsonl").read_text().splitlines()
+            assert "listening" in {json.loads(line)["event"] for line in lines}
     finally:
         demo.close()
