@@ -1,4 +1,4 @@
-"""A runtime whose engine is a script, for tests of what stands around an engine."""
+"""What all tests share: patience with properties, and a runtime whose engine is a script."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 
 import pytest
 import trio
+from hypothesis import HealthCheck, settings
 
 from cargos.runtimes.base import Finished, Progress, RuntimeEvent, RuntimeLoad, Tokens
 from protocol.jobs import Token, Usage, token_hash
 from protocol.work import Work
+
+# Properties hold however long an example takes: on a busy machine any of them may take longer than the 200 ms
+# that Hypothesis grants, and is then called flaky.
+settings.register_profile(
+    "archipelag", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("archipelag")
 
 PROMPT_IDS = (7, 8, 9)
 #: Token i of every scripted job has this id more than i.
