@@ -45,13 +45,17 @@ class NetworkSettings(Settings, frozen=True):
 class NatSettings(Settings, frozen=True):
     """`reachability`: whether others can dial this node; auto: it asks peers to try. `relays`: full multiaddrs
     of relays to be met at if they can not; more are found by the overlay. `serve_relay`: carry others, for
-    nodes with a public address and bandwidth to give. `hole_punching`: turn relayed connections into direct
-    ones where NATs let it. `private_addresses`: also towards private addresses (networks without any other).
+    nodes with a public address and bandwidth to give: `relay_mbit` Mbit/s for all together, `relay_circuit_mib`
+    each way between two of them until they have to ask anew. `hole_punching`: turn relayed connections into
+    direct ones where NATs let it. `private_addresses`: also towards private addresses (networks without any
+    other).
     """
 
     reachability: Literal["auto", "public", "private"] = "auto"
     relays: tuple[str, ...] = ()
     serve_relay: bool = False
+    relay_mbit: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
+    relay_circuit_mib: Annotated[int, Meta(ge=1, le=1 << 30)] = 4096
     hole_punching: bool = True
     private_addresses: bool = False
 

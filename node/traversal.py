@@ -23,7 +23,9 @@ from node.p2p import AddressInvalid, Host
 from node.p2p.host_events import AddressesChanged
 from node.p2p.nat import Nat, NatConfig, NatEvent, ReachabilityChanged, open_nat
 from node.p2p.reachability import Reachability
+from node.p2p.relay_service import RelayLimits
 from protocol.dice import Dice
+from protocol.limits import MIB
 
 ROLE_RELAY: Final = "relay"
 
@@ -42,6 +44,9 @@ async def open_traversal(host: Host, overlay: Overlay, settings: NatSettings) ->
     config = NatConfig(
         relays=settings.relays,
         serve_relay=settings.serve_relay,
+        relay_limits=RelayLimits(
+            circuit_bytes=settings.relay_circuit_mib * MIB, max_bytes_per_s=settings.relay_mbit * 125_000
+        ),
         assume=assume,
         hole_punching=settings.hole_punching,
         private_addresses=settings.private_addresses,

@@ -75,12 +75,12 @@ class RelayLimits:
     circuit_s: int = 3600
     """A relayed connection is ended after this time; its ends then connect anew."""
 
-    circuit_bytes: int = 256 * MIB
-    """Each way. Two days of tokens for one chat, but only seconds of a model's tensors: those need a direct
-    connection or a relay of one's own."""
+    circuit_bytes: int = 4096 * MIB
+    """Each way. A quarter of a million tokens of a 70B model between two stages of a chain, at 16 KiB a token.
+    What carrying costs is bounded below; this only makes who carries much come back for more."""
 
     max_bytes_per_s: int = 8 * MIB
-    """All circuits together: less than the upstream of a small server."""
+    """All circuits together, first come first served: less than the upstream of a small server."""
 
     max_requests_per_minute: int = 60
     """Of one peer. Each request to connect makes the relay disturb somebody."""
