@@ -35,6 +35,11 @@ from protocol.ids import PeerId
 PATIENCE_S = 30
 
 
+async def echo(stream) -> None:
+    while data := await stream.receive_some():
+        await stream.send_all(data)
+
+
 @dataclass
 class Scene:
     """An Island at a relay, and a gateway that may meet it there."""
@@ -87,6 +92,12 @@ async def test_a_relayed_connection_becomes_a_direct_one(until) -> None:
         await until(lambda: [path.relay for path in s.island.paths(s.gateway.peer)] == [None])
         assert PeerDirect(s.island.peer) in events
         assert s.island_nat.puncher.counters.dialled == 0
+        # The hole lets in no second connection: what is bulk shares this one.
+        s.island.handle("/rows/1", echo, bulk=True)
+        stream = await s.gateway.open_bulk_stream(s.island.peer, "/rows/1")
+        assert not stream.path.bulk
+        assert s.gateway.dialled_at(s.island.peer) is s.island.dialled_at(s.gateway.peer) is None
+        assert s.gateway.bulk_connections(s.island.peer) == 0
 
 
 async def test_a_peer_that_can_be_dialled_is(until) -> None:

@@ -136,6 +136,57 @@ async def test_a_peer_is_met_through_a_relay_and_streams_go_both_ways() -> None:
         assert m.service.counters.bytes_relayed > 4 * len(blob)
 
 
+async def test_bulk_for_a_peer_at_a_relay_waits_for_none_of_its_plain_addresses(until) -> None:
+    """Behind a router they lead nowhere, and nobody says so."""
+
+    async def say_nothing(stream) -> None:
+        await stream.receive_some()
+        await trio.sleep_forever()
+
+    patient = HostLimits(handshake_s=10 * PATIENCE_S, bulk_dial_s=10 * PATIENCE_S)
+    async with (
+        meeting() as m,
+        open_host(new_identity(), limits=patient) as here,
+        open_host(new_identity(), limits=patient) as other,
+        trio.open_nursery() as nursery,
+    ):
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, say_nothing, [listener])
+        dead = f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}/p2p/{m.island.peer}"
+        m.island.handle("/rows/1", echo, bulk=True)
+        with trio.fail_after(PATIENCE_S):
+            stream = await here.open_bulk_stream(m.island.peer, "/rows/1", (dead, m.address))
+            assert stream.path.relay == m.relay.peer
+            await stream.send_all(b"rows")
+            assert await stream.receive_some() == b"rows"
+            # Who stands by is met there in advance, too.
+            await other.warm_bulk(m.island.peer, "/rows/1", (dead, m.address))
+            assert [path.relay for path in other.paths(m.island.peer)] == [m.relay.peer]
+        nursery.cancel_scope.cancel()
+
+
+async def test_bulk_is_dialled_at_all_addresses_at_once() -> None:
+    async def say_nothing(stream) -> None:
+        await stream.receive_some()
+        await trio.sleep_forever()
+
+    patient = HostLimits(handshake_s=10 * PATIENCE_S)
+    async with (
+        open_host(new_identity()) as island,
+        open_host(new_identity(), limits=patient) as here,
+        trio.open_nursery() as nursery,
+    ):
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, say_nothing, [listener])
+        dead = f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}/p2p/{island.peer}"
+        island.handle("/rows/1", echo, bulk=True)
+        with trio.fail_after(PATIENCE_S):
+            stream = await here.open_bulk_stream(island.peer, "/rows/1", (dead, *island.addresses))
+        assert stream.path.bulk
+        assert here.bulk_connections(island.peer) == 1
+        nursery.cancel_scope.cancel()
+
+
 async def test_what_was_sent_before_closing_arrives_through_a_relay(until) -> None:
     got = bytearray()
 
