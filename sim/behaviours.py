@@ -12,7 +12,8 @@ import msgspec
 from dht.messages import Differences, Kept, Nodes, Page, Pong, Providers, Records
 from protocol.instants import Instant
 from protocol.machine import Send, WakeAt
-from sim.world import AnyEffect, AnyMachine, AnyMessage
+from sim.ports import AnyMachine
+from sim.world import AnyEffect, AnyMessage
 
 ANSWERS: Final = (Pong, Nodes, Records, Providers, Kept, Page, Differences)
 

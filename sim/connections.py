@@ -18,7 +18,8 @@ from protocol.instants import MILLISECOND_NS, SECOND_NS, after
 from sim.draws import Stream
 
 if TYPE_CHECKING:
-    from sim.world import Port, Service, World
+    from sim.ports import Port, Service
+    from sim.world import World
 
 #: TCP's floor for a retransmission (Linux: 200 ms), doubled on each further loss of the same packet.
 MIN_RETRANSMIT_NS: Final = 200 * MILLISECOND_NS

@@ -26,9 +26,10 @@ from sim.config import DhtSettings
 from sim.connections import ConnectionPolicy
 from sim.coordinates import settle
 from sim.draws import BulkDraws, Draws, Stream, machine_stream
+from sim.ports import AnyMachine
 from sim.rest_tables import RestTables
 from sim.settings import ScenarioError
-from sim.world import AnyMachine, World
+from sim.world import World
 
 DHT: Final = "dht"
 

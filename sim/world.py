@@ -20,7 +20,6 @@ from protocol.machine import (
     Disconnect,
     Effect,
     Emit,
-    Machine,
     Ordered,
     PeerLost,
     Persist,
@@ -36,17 +35,14 @@ from sim.connections import ConnectionPolicy, Connections, Nat
 from sim.draws import Draws, Stream, WireDraws
 from sim.event_log import KINDS_PER_SERVICE, EventLog
 from sim.links import Links
+from sim.ports import NEVER, AnyMachine, Port, RoundTrip, Service
 
-AnyMachine: TypeAlias = Machine[int, Any, Any, Any]
 AnyEffect: TypeAlias = Effect[int, Any, Any]
 AnyMessage: TypeAlias = Any
 Observer: TypeAlias = Callable[[Instant, int, Any], None]
 """Called with (now, node, event)."""
-RoundTrip: TypeAlias = Callable[[int, int, Any], tuple[Any, int]]
-"""(source, destination, message) -> the message as the other side decodes it, and its size on the wire."""
 
 _WOKEN: Final = Woken()
-_NEVER: Final = 1 << 62
 
 # What stands in an event's size if it is no message. Machines are shown MARK; the others are the world's own.
 _MARK: Final = -1
@@ -57,45 +53,6 @@ _STOP: Final = -5
 
 #: Events between two looks at the log: 40 bytes each, and some milliseconds.
 _BLOCK: Final = 8192
-
-
-class Service:
-    """One name and its machines by node."""
-
-    __slots__ = ("index", "kinds", "name", "ports", "round_trip", "size_of")
-
-    def __init__(self, index: int, name: str) -> None:
-        self.index = index
-        self.name = name
-        self.ports: dict[int, Port] = {}
-        self.kinds: dict[type, int] = {}
-        self.size_of: Callable[[Any], int] | None = None
-        self.round_trip: RoundTrip | None = None
-
-
-class Port:
-    """A machine at its place. Dead when `machine` is None: events that were on their way to it are dropped."""
-
-    __slots__ = ("access", "kinds", "machine", "node", "polled", "ports", "row", "service", "site", "wake")
-
-    def __init__(
-        self,
-        node: int,
-        service: Service,
-        machine: AnyMachine | None,
-        place: tuple[int, int, int],
-        *,
-        polled: bool,
-    ) -> None:
-        self.node = node
-        self.service = service
-        self.machine = machine
-        self.polled = polled
-        self.wake = _NEVER
-        # What every message needs, within reach: the service's dictionaries, and (site, its row, access line).
-        self.ports = service.ports
-        self.kinds = service.kinds
-        self.site, self.row, self.access = place
 
 
 class World:
@@ -319,7 +276,7 @@ class World:
 
     def run_until(self, instant: Instant) -> None:
         """Let everything happen up to and including this instant."""
-        self._push((instant, _NEVER, self._caller, 0, 0, _STOP, None))
+        self._push((instant, NEVER, self._caller, 0, 0, _STOP, None))
         try:
             while self._run_block():
                 self.log.flush()
@@ -513,7 +470,7 @@ class World:
         machine = port.machine
         if self.now < port.wake or machine is None:
             return False  # replaced by an earlier one, which has come already
-        port.wake = _NEVER
+        port.wake = NEVER
         wake = machine.next_wake()
         if wake is None:
             return False

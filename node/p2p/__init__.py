@@ -2,9 +2,10 @@
 
 from node.p2p.addresses import Address, parse_address, parse_peer_address
 from node.p2p.errors import AddressInvalid, ListenFailed, StreamBroken, Unreachable
-from node.p2p.host import Host, open_host
+from node.p2p.host import Host
 from node.p2p.host_events import AddressesChanged, HostEvent, PeerConnected, PeerDirect, PeerDisconnected
 from node.p2p.limits import HostLimits
+from node.p2p.opening import open_host
 from node.p2p.stream import Counters, Stream
 
 __all__ = [

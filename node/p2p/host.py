@@ -7,8 +7,8 @@ instead. The pieces below them are libp2p's: TCP, multistream-select, noise, yam
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
@@ -16,7 +16,7 @@ import structlog
 import trio
 
 from node.identity import Identity
-from node.p2p.addresses import Address, addresses_of, parse_peer_address
+from node.p2p.addresses import Address, parse_peer_address
 from node.p2p.bulk import BulkConnections, open_agreed
 from node.p2p.errors import ChannelBroken, Unreachable
 from node.p2p.handlers import Handler, Handlers
@@ -36,12 +36,9 @@ from node.p2p.relay_dial import PathFilter, is_direct, is_from_listener, is_rela
 from node.p2p.sockets import (
     Endpoint,
     PortBusy,
-    allow_descriptors,
     dial,
-    endpoint_of,
     explain,
     leaves,
-    open_listeners,
     remote_host,
     source_for,
 )
@@ -56,64 +53,8 @@ _log = structlog.get_logger("p2p")
 #: How often a connection that shall end is looked at.
 _IDLE_S: Final = 1.0
 
-#: Files and sockets of a process besides its connections: models, databases, HTTP, pipes.
-_OTHER_DESCRIPTORS: Final = 512
-
 #: Peers whose word on our own address is remembered.
 _MAX_OBSERVERS: Final = 64
-
-
-@asynccontextmanager
-async def open_host(
-    identity: Identity,
-    listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
-    *,
-    limits: HostLimits = HostLimits(),  # noqa: B008 - frozen: one shared default is safe
-) -> AsyncGenerator[Host]:
-    """A host that listens. On leaving, listeners and connections are closed and all its tasks have ended.
-
-    Raises ListenFailed (address in use, ...) or AddressInvalid.
-    """
-    limits = _within_descriptors(limits)
-    listeners = await open_listeners(listen)
-    endpoints = tuple(map(endpoint_of, listeners))
-    addresses = tuple(text for endpoint in endpoints for text in addresses_of(endpoint, identity.peer))
-    with plain_errors():
-        async with trio.open_nursery() as connections:
-            host = Host(identity, endpoints, addresses, limits, connections)
-            try:
-                async with trio.open_nursery() as handlers:
-                    host.handlers.open(handlers)
-                    if listeners:  # a host may only dial
-                        handlers.start_soon(trio.serve_listeners, host.accept, listeners)
-                    try:
-                        yield host
-                    finally:
-                        host.closing = True
-                        host.handlers.close()
-                        handlers.cancel_scope.cancel()
-            finally:
-                with trio.CancelScope(shield=True):
-                    for listener in listeners:
-                        await listener.aclose()
-                    await host.shut_down()
-                connections.cancel_scope.cancel()
-
-
-def _within_descriptors(limits: HostLimits) -> HostLimits:
-    """As many connections as there may be descriptors for, beside those that others in this process need."""
-    spare = 2 * limits.max_handshakes + _OTHER_DESCRIPTORS
-    allowed = allow_descriptors(limits.max_connections + spare)
-    most = max(allowed - spare, allowed // 4)
-    if most >= limits.max_connections:
-        return limits
-    _log.warning(
-        "few open files are allowed",
-        allowed=allowed,
-        connections=most,
-        remedy="raise the hard limit (ulimit -Hn, LimitNOFILE) if this node shall serve many peers",
-    )
-    return replace(limits, max_connections=most)
 
 
 @contextmanager

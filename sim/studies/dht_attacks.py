@@ -11,8 +11,8 @@ from sim.behaviours import Conspirator, FreeRider, Liar, Ring, SlowLoris
 from sim.config import AttackSettings
 from sim.dht_network import DhtNetwork
 from sim.draws import Draws, Stream
+from sim.ports import AnyMachine
 from sim.record import Recorder, mean
-from sim.world import AnyMachine
 
 #: Bits that an eclipse attacker's key shares with its victim's target: what grinding keys on one machine for
 #: some days gives (2**40 hashes), far more than a network of millions needs to stand closest.
