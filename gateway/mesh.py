@@ -138,7 +138,7 @@ class Mesh:
         self._requirements = requirements
         self._nursery = nursery
         self.now = now
-        self.unix_offset_ns: Final = unix_now() - now()
+        self._unix_now = unix_now
         self.known: Final = MeshBook(now, unix_now, self._elsewhere)
         self.work: Final = WorkBook(coordinator)
         self._dice = Dice(overlay.dice.u64(), stream=6)
@@ -147,7 +147,7 @@ class Mesh:
             estimate_of=self._estimate_ns,
             karma_of=coordinator.karma.points_mpt,
             sightings_of=coordinator.sightings,
-            unix_offset_ns=self.unix_offset_ns,
+            unix_offset_ns=unix_now() - now(),
         )
         self.chains: Final = ChainKeeper(
             peers,
@@ -177,6 +177,11 @@ class Mesh:
         self._refill, self._refills = trio.open_memory_channel[PeerId](1024)
         peers.subscribe(self._on_peer)
         coordinator.subscribe(self._on_coordinator)
+
+    @property
+    def unix_offset_ns(self) -> int:
+        """Civil time minus the clock of instants, as they stand now: the one is set, the other sleeps."""
+        return self._unix_now() - self.now()
 
     def follow(self, following: FollowingService) -> None:
         """Hear of Islands from other coordinators by this."""
