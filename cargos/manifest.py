@@ -32,9 +32,6 @@ CANONICAL_DOMAIN: Final = b"archipelag-cargo-1\n"
 #: The role of a small model with the same vocabulary, by which heads of chains may draft (docs/sharding.md).
 ROLE_DRAFT: Final = "draft"
 
-#: Where a detached signature bundle of `x.toml` is looked for: `x.sigstore.json`.
-SIGNATURE_SUFFIX: Final = ".sigstore.json"
-
 # --- bounds --------------------------------------------------------------------------------------
 
 #: The largest known chat templates have 20 KiB; a manifest is otherwise some 2 KiB.

@@ -57,8 +57,3 @@ def key_of_region(region: str) -> int:
 def key_of_file(sha256: str) -> int:
     """Where those are told who hold pieces of the file with this SHA-256 (64 lower-case hex digits)."""
     return _hash(_FILE, sha256.encode())
-
-
-def common_prefix_length(a: int, b: int) -> int:
-    """Leading bits that two keys share: 256 if they are equal."""
-    return KEY_BITS - (a ^ b).bit_length()

@@ -70,10 +70,6 @@ class Naming(NamedTuple):
     runtime: str
     publisher: str
 
-    @property
-    def full_name(self) -> str:
-        return f"{self.name}@{self.version}"
-
 
 class Shelf(Generic[P]):
     """All offers of one Cargo, the oldest first, and what they add up to. For others: read only."""

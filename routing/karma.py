@@ -68,8 +68,6 @@ Counter = Annotated[int, Meta(ge=0, le=MAX_COUNTER)]
 
 #: Bits of a sequence number that count within its epoch: one step is under a millisecond of a six-hour epoch.
 SEQUENCE_BITS: Final = 25
-#: Epochs fit in 38 bits, so that a sequence number fits in a signed 64-bit integer.
-MAX_SEQUENCE: Final = (1 << 63) - 1
 
 
 class Counters(Part, frozen=True, gc=False, array_like=True):

@@ -9,7 +9,6 @@ fails. Tokens are not simulated one by one.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Final, TypeAlias
 
@@ -272,9 +271,6 @@ class Dispatcher:
         del self._jobs[ran.job]
         self.book.release(peer)
         out.append(Emit(JobDone(ran.job, peer, now - job.began, job.attempts)))
-
-
-PolicyMaker: TypeAlias = Callable[[Dice], Policy[int]]
 
 
 def shape_of_tokens(cargo: str, prompt: int, output: int) -> JobShape:
