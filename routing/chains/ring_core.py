@@ -285,17 +285,26 @@ class RingCore:
         self._ask_again(session)
 
     def _bound_logs(self) -> None:
-        """All logs together stay within the policy, as far as they hold what the next stages have."""
+        """All logs together stay within the policy, as far as they hold what the next stages have, and within a
+        higher bound whatever they hold.
+        """
         total = sum(session.log.size for session in self._sessions.values())
         if total <= self._policy.log_bytes:
             return
-        for session in sorted(self._sessions.values(), key=lambda each: each.log.size, reverse=True):
-            if session.head is None and session.outlet.state is OutletState.OPEN:
+        stages = [session for session in self._sessions.values() if session.head is None]
+        stages.sort(key=lambda each: each.log.size, reverse=True)
+        for session in stages:
+            if session.outlet.state is OutletState.OPEN:
                 before = session.log.size
                 session.log.forget_before(min(session.outlet.acked, session.outlet.sent))
                 total -= before - session.log.size
                 if total <= self._policy.log_bytes:
                     return
+        for session in stages:
+            if total <= self._policy.most_log_bytes:
+                return
+            total -= session.log.size
+            self._abandon(session, "busy", "too many rows of it lie here that nobody takes")
 
     # --- its death --------------------------------------------------------------------------------
 

@@ -81,6 +81,10 @@ class RingPolicy:
     """Outputs kept for replays, all sessions of this node together. 16,000 rows of the largest models. Beyond
     it the session with the longest log forgets first what the next stage has; if that one dies, this stage
     asks for its own input again and recomputes (`RingOpened(again)`), so nothing is lost but time."""
+    most_log_bytes: int = 512 * MIB
+    """Outputs that the next stages have not are kept beyond that, but no more than this: stages before and
+    behind one that keep to no window could else fill its memory. Beyond it the session with the longest log is
+    given up here, as if there were no slot for it."""
     sessions: int = 128
     """At once in this node. The engine's slots bound it further; each costs a few KiB here."""
     sessions_per_peer: int = 64

@@ -134,7 +134,7 @@ _inputs = st.one_of(
 def test_nothing_that_comes_makes_it_raise_and_it_comes_to_rest(
     ring_sign: Any, me: str, inputs: list[Any]
 ) -> None:
-    policy = RingPolicy(window_rows=2, log_bytes=100)
+    policy = RingPolicy(window_rows=2, log_bytes=100, most_log_bytes=200)
     machine = RingMachine(PeerId(me), policy, sign=ring_sign, unix_offset_ns=1_800_000_000 * SECOND_NS)
     now = Instant(0)
 

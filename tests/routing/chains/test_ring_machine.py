@@ -436,6 +436,27 @@ def test_an_engine_that_dies_gets_its_rows_again_and_nothing_is_passed_on_twice(
     ]
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_rows_that_nobody_takes_fill_no_memory(opened: Any, *, answers: bool) -> None:
+    """The stage before this one does not care for what is acknowledged, that behind it takes nothing or does
+    not even answer.
+    """
+    policy = RingPolicy(log_bytes=500, most_log_bytes=1000, window_rows=4, feed_rows=2)
+    stage = opened(policy, have=0 if answers else None)
+    for position in range(1000 // 16):
+        stage.feed(position, 1)
+        out = stage.done(position, 1)
+        assert stage.machine.log_bytes <= 1000
+        assert ev.Release(SESSION) not in out
+    stage.feed(62, 1)
+    out = stage.done(62, 1)
+    assert ev.Release(SESSION) in out
+    assert [
+        (p, m.code) for p, m in (one for one in out if isinstance(one, tuple)) if isinstance(m, RingFault)
+    ] == [("a", "busy")]
+    assert stage.machine.log_bytes == 0
+
+
 def test_logs_are_bounded_and_what_was_forgotten_is_made_again(feeding: Any) -> None:
     stage = feeding(RingPolicy(log_bytes=64))
     stage.hear("c", RingAck(SESSION, 5))
