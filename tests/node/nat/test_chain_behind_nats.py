@@ -1,5 +1,6 @@
 """A real model over Islands that all sit behind NAT routers of their own: where holes can be punched, and where
 every link of the ring has to go over the relay. A gateway with a public address is relay and coordinator.
+And over Islands that can all be dialled, of which two lose sight of each other.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ NAMES = ("coral", "atoll", "lagoon")
 TOKENS = 24
 READY_S = 240
 DIRECT = "direct connection"
+#: Of the lab's public net (conftest.py).
+PUBLIC_PREFIX = "5.6.7."
 
 #: A streaming client, for within a namespace: a line of JSON for each chunk.
 CLIENT = """
@@ -45,6 +48,7 @@ class Scene:
     def __init__(self, folder: Path, place: tuple[str, str]) -> None:
         self.folder = folder
         self.place = place
+        self.places: dict[str, tuple[str, str]] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, namespace: str, *arguments: str) -> None:
@@ -95,6 +99,12 @@ class Scene:
         said = json.loads(lines[-1]) if lines else {"stages": [], "spares": []}
         return said["stages"], said["spares"]
 
+    def ring(self) -> tuple[list[str], str]:
+        """Who stands in it, and at whose place somebody stands by."""
+        stages, spares = self.layout()
+        ranges = [stage[1:] for stage in stages]
+        return [stage[0] for stage in stages], stages[ranges.index(spares[0][1:])][0]
+
     async def ask(self, url: str, at_token: Callable[[int], None] = lambda _: None) -> tuple[str, dict]:
         """The answer's text and the gateway's account of it."""
         body = {
@@ -140,9 +150,27 @@ class Scene:
             process.wait()
 
 
+def cut(place: tuple[str, str], other: tuple[str, str]) -> None:
+    """Nothing goes between these two any more, without a word."""
+    rules = f"""
+table ip cut {{
+    chain coming {{
+        type filter hook input priority 0
+        ip saddr {other[1]} drop
+    }}
+    chain going {{
+        type filter hook output priority 0
+        ip daddr {other[1]} drop
+    }}
+}}
+"""
+    command = ["ip", "netns", "exec", place[0], "nft", "-f", "-"]
+    subprocess.run(command, input=rules, text=True, check=True, timeout=30)
+
+
 @asynccontextmanager
-async def scene(network, folder: Path, **nat: str) -> AsyncGenerator[tuple[Scene, str]]:
-    """A gateway, and Islands whose chain has answered once; its URL."""
+async def scene(network, folder: Path, places: list[tuple[str, str]]) -> AsyncGenerator[tuple[Scene, str]]:
+    """A gateway, and Islands there with a chain and a spare; its URL."""
     # As on the internet: what is meant for somebody's private network vanishes.
     network._in(network._hub, "ip route add blackhole 10.0.0.0/8")
     here = Scene(folder, network.public())
@@ -150,10 +178,12 @@ async def scene(network, folder: Path, **nat: str) -> AsyncGenerator[tuple[Scene
         here.start_gateway()
         url = (await here.word("listening ")).split()[0]
         coordinator = (await here.word("mesh ")).strip()
+        for name, (namespace, address) in zip(NAMES, places, strict=True):
+            here.start_island(name, namespace, coordinator)
+            here.places[name] = (namespace, address)
         for name in NAMES:
-            here.start_island(name, network.private(**nat)[0], coordinator)
-        for name in NAMES:
-            await here.until(lambda name=name: here.said(name, "a place at a relay"), f"{name} has no relay")
+            known = '"public"' if here.places[name][1].startswith(PUBLIC_PREFIX) else "a place at a relay"
+            await here.until(lambda name=name, known=known: here.said(name, known), f"{name} can not be met")
         await here.until(lambda: len(here.layout()[0]) == 2 and here.layout()[1], "no chain with a spare")
         yield here, url
     finally:
@@ -162,15 +192,13 @@ async def scene(network, folder: Path, **nat: str) -> AsyncGenerator[tuple[Scene
 
 @pytest.mark.parametrize("punched", [True, False], ids=["holes can be punched", "all links are relayed"])
 async def test_a_chain_answers_and_a_killed_stage_is_replaced(network, tmp_path, *, punched: bool) -> None:
-    async with scene(network, tmp_path, ports="" if punched else "random,fully-random") as (here, url):
+    places = [network.private(ports="" if punched else "random,fully-random") for _ in NAMES]
+    async with scene(network, tmp_path, places) as (here, url):
         undisturbed, usage = await here.ask(url)
         assert len(undisturbed) > TOKENS
         assert {stage["island"] for stage in usage["stages"]} <= set(NAMES)
-        stages, spares = here.layout()
-        places = [stage[1:] for stage in stages]
-        victim = stages[places.index(spares[0][1:])][0]
+        ring, victim = here.ring()
         if punched:
-            ring = [name for name, *_ in stages]
             await here.until(lambda: any(here.said(name, DIRECT) for name in ring), "no hole was punched")
 
         def kill(count: int) -> None:
@@ -182,3 +210,27 @@ async def test_a_chain_answers_and_a_killed_stage_is_replaced(network, tmp_path,
         names = {stage["island"] for stage in usage["stages"]}
         assert names == set(NAMES) - {victim}
         assert all(punched or not here.said(name, DIRECT) for name in NAMES)
+
+
+async def test_two_that_lose_sight_of_each_other_are_kept_apart_and_not_charged(network, tmp_path) -> None:
+    async with scene(network, tmp_path, [network.public() for _ in NAMES]) as (here, url):
+        undisturbed, _ = await here.ask(url)
+        ring, victim = here.ring()
+        (neighbour,) = set(ring) - {victim}
+
+        def lose(count: int) -> None:
+            if count == TOKENS // 3:
+                cut(here.places[victim], here.places[neighbour])
+                cut(here.places[neighbour], here.places[victim])
+
+        text, usage = await here.ask(url, lose)
+        assert text == undisturbed
+        assert {stage["island"] for stage in usage["stages"]} == set(NAMES) - {victim}
+        await here.until(lambda: here.said("gateway", "stages kept apart"), "nobody is kept apart")
+        # The next job has no trouble any more: it goes another way from the start.
+        replaced = sum(len(here.said(name, "stage replaced")) for name in NAMES)
+        _, usage = await here.ask(url)
+        assert {stage["island"] for stage in usage["stages"]} == set(NAMES) - {victim}
+        assert usage["stages_lost"] == 0
+        assert sum(len(here.said(name, "stage replaced")) for name in NAMES) == replaced
+        assert not here.said("gateway", "stage failed")
