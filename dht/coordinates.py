@@ -88,9 +88,11 @@ def estimate_ns(a: int, b: int) -> int:
 
 
 class Vivaldi:
-    """A node's own coordinate. `error`: expected relative error of an estimate, 0 (exact) to 1 (unknown)."""
+    """A node's own coordinate, for reading: `packed`; `error`, the expected relative error of an estimate, 0
+    (exact) to 1 (unknown); `error_parts`, the same as it travels.
+    """
 
-    __slots__ = ("_height", "_x", "_y", "_z", "error", "packed")
+    __slots__ = ("_height", "_x", "_y", "_z", "error", "error_parts", "packed")
 
     def __init__(self) -> None:
         self._x: float = 0.0
@@ -98,18 +100,15 @@ class Vivaldi:
         self._z: float = 0.0
         self._height = _MIN_HEIGHT_NS
         self.error = 1.0
+        self.error_parts = ERROR_SCALE
         self.packed = pack(0.0, 0.0, 0.0, _MIN_HEIGHT_NS)
-
-    @property
-    def error_parts(self) -> int:
-        """The error as it travels."""
-        return round(self.error * ERROR_SCALE)
 
     def place(self, packed: int, error: float) -> None:
         """Start from a remembered or a given coordinate."""
         self._x, self._y, self._z, self._height = unpack(packed)
         self._height = max(self._height, _MIN_HEIGHT_NS)
         self.error = min(max(error, 0.01), 1.0)
+        self.error_parts = round(self.error * ERROR_SCALE)
         self.packed = packed
 
     def sample(self, remote: int, remote_error_parts: int, rtt_ns: int, dice: Dice) -> bool:
@@ -132,11 +131,13 @@ class Vivaldi:
         relative = abs(estimate - rtt) / rtt
         if error < _SETTLED and (estimate > _ABSURD * rtt or rtt > _ABSURD * estimate):
             self.error = min(1.0, error + _DOUBT)
+            self.error_parts = round(self.error * ERROR_SCALE)
             return False
         remote_error = max(remote_error_parts / ERROR_SCALE, _MIN_REMOTE_ERROR)
         weight = error / (error + remote_error)
         tune = _TUNE_ERROR * weight
         self.error = error = min(max(min(relative, 1.0) * tune + error * (1.0 - tune), 0.01), 1.0)
+        self.error_parts = round(error * ERROR_SCALE)
         limit = _MAX_FORCE_NS * min(1.0, _MIN_FORCE_SHARE + 2.0 * error)
         move = min(1.0, _TUNE_MOVE + _TUNE_UNSURE * error) * weight
         force = min(max(rtt - estimate, -limit), limit) * move

@@ -194,11 +194,11 @@ class DhtMachine:
         return len(self._full) if self._full is not None else 0
 
     def next_wake(self) -> Instant | None:
-        due = self._upkeep.next_due()
+        due = self._upkeep.due
         other = self._core.calls.next_due()
         if other is not None and other < due:
             due = other
-        if self._publishing.waits:
+        if self._publishing.timers:
             other = self._publishing.next_due()
             if other is not None and other < due:
                 due = other

@@ -26,13 +26,14 @@ class Own:
 
 
 class Publishing:
-    __slots__ = ("_core", "_entries", "_operations", "_timers")
+    __slots__ = ("_core", "_entries", "_operations", "timers")
 
     def __init__(self, core: Core, operations: Operations) -> None:
         self._core = core
         self._operations = operations
         self._entries: dict[tuple[int, bool], Own] = {}
-        self._timers: list[tuple[int, int, bool]] = []
+        #: While this is empty, as it is in most nodes, there is no need to ask for `next_due`.
+        self.timers: list[tuple[int, int, bool]] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -44,7 +45,7 @@ class Publishing:
             return False
         due = self._next_due(record is not None)
         self._entries[name] = Own(record, due)
-        heappush(self._timers, (due, key, record is not None))
+        heappush(self.timers, (due, key, record is not None))
         return True
 
     def withdraw(self, key: int) -> None:
@@ -58,13 +59,8 @@ class Publishing:
     def provides(self, key: int) -> bool:
         return (key, False) in self._entries
 
-    @property
-    def waits(self) -> bool:
-        """Whether `next_due` may know of something: most nodes publish nothing."""
-        return bool(self._timers)
-
     def next_due(self) -> int | None:
-        timers = self._timers
+        timers = self.timers
         while timers:
             due, key, is_record = timers[0]
             own = self._entries.get((key, is_record))
@@ -76,13 +72,13 @@ class Publishing:
     def work(self, now: Instant) -> None:
         """Tell again what is due."""
         while (due := self.next_due()) is not None and due <= now:
-            _, key, is_record = heappop(self._timers)
+            _, key, is_record = heappop(self.timers)
             own = self._entries[key, is_record]
             if own.record is not None and own.record.expires_unix_ns <= self._core.unix_now:
                 del self._entries[key, is_record]
                 continue
             own.due = self._next_due(is_record)
-            heappush(self._timers, (own.due, key, is_record))
+            heappush(self.timers, (own.due, key, is_record))
             if own.record is not None:
                 self._operations.put(None, key, own.record)
             else:

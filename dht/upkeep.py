@@ -38,7 +38,7 @@ _SECOND_PATIENCE = 2
 
 
 class Upkeep:
-    """`running` from the first join (or contact) on."""
+    """`running` from the first join (or contact) on; `due`: when there is work, FOREVER before."""
 
     __slots__ = (
         "_bucket",
@@ -52,6 +52,7 @@ class Upkeep:
         "_operations",
         "_thirds",
         "_urgent",
+        "due",
         "running",
     )
 
@@ -59,6 +60,7 @@ class Upkeep:
         self._core = core
         self._operations = operations
         self.running = False
+        self.due: int = FOREVER
         self._interval = core.policy.ping_interval_ns
         self._next_ping = 0
         self._next_refresh = 0
@@ -91,17 +93,15 @@ class Upkeep:
         look = policy.first_self_lookup_ns if joined else policy.self_lookup_interval_ns
         self._look_interval = look
         self._next_look = now + look // 2 + dice.below(look)
+        self._plan()
 
-    def next_due(self) -> int:
-        """When there is work; never: `FOREVER`."""
-        if not self.running:
-            return FOREVER
-        due = self._next_ping
-        due = min(due, self._next_refresh)
-        return min(due, self._next_look)
+    def _plan(self) -> None:
+        """To be called when a next time has changed: far more often somebody asks for `due`."""
+        if self.running:
+            self.due = min(self._next_ping, self._next_refresh, self._next_look)
 
     def work(self, now: Instant) -> None:
-        if not self.running:
+        if self.due > now:
             return
         if self._next_ping <= now:
             self._next_ping = now + self._interval
@@ -110,6 +110,7 @@ class Upkeep:
             self._refresh_one(now)
         if self._next_look <= now:
             self._look_around(now)
+        self._plan()
 
     def _look_around(self, now: Instant) -> None:
         """Look up our own key; soon again while that still changes who our neighbours are."""
@@ -179,10 +180,12 @@ class Upkeep:
             self._urgent = table.buckets
             refresh = now + self._core.policy.join_refresh_interval_ns
             self._next_refresh = min(self._next_refresh, refresh)
+            self._plan()
 
     def _hurry(self, now: Instant) -> None:
         self._interval = max(self._interval // _FALL, self._core.policy.min_ping_interval_ns)
         self._next_ping = min(self._next_ping, now + self._interval)
+        self._plan()
 
     def _extra_ping(self, peer: int, patience: int) -> None:
         if len(self._core.calls) < _MAX_EXTRA_PINGS:

@@ -72,6 +72,45 @@ def test_only_the_last_bucket_splits() -> None:
     assert table.buckets >= 9
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    aware=st.booleans(),
+    far=st.integers(0, 4),
+    groups=st.booleans(),
+    heard=st.lists(
+        st.tuples(st.integers(0, 9), st.integers(0, 400), st.integers(0, 60)), min_size=1, max_size=60
+    ),
+)
+def test_what_an_answer_names_is_heard_as_if_one_by_one(
+    *, aware: bool, far: int, groups: bool, heard: list[tuple[int, int, int]]
+) -> None:
+    book = Book()
+    policy = DhtPolicy(k=4, rtt_aware=aware, senior_entries=1, max_group_per_table=3)
+    at_once, singly = RoutingTable(ME, book, policy), RoutingTable(ME, book, policy)
+    for bucket in range(far + 1):
+        for _ in range(5):
+            peer = book.in_bucket(bucket)
+            for table in (at_once, singly):
+                table.answered(peer, 1, 200_000, at_ms(200), OWN)
+    for answer in range(0, len(heard), 6):
+        peers: list[int] = []
+        coordinates: list[int] = []
+        for bucket, ms, old in heard[answer : answer + 6]:
+            known = len(book.keys)
+            peers.append(old if 0 < old < known else book.in_bucket(bucket, group=bucket % 3 if groups else 0))
+            coordinates.append(at_ms(ms) if ms > 2 else 0)
+        del coordinates[4:]  # an answer may tell fewer coordinates than peers
+        places = [place for place in range(len(peers)) if place != 1]
+        at_once.hear(peers, coordinates, places, 2 + answer, OWN)
+        for place in places:
+            coordinate = coordinates[place] if place < len(coordinates) else 0
+            singly.heard_of(peers[place], 2 + answer, coordinate, OWN, self_said=False)
+        assert list(at_once) == list(singly)
+        assert at_once.starts == singly.starts
+        assert at_once.groups == singly.groups
+        assert at_once.references() == singly.references()
+
+
 def test_hearsay_never_splits_and_is_never_told() -> None:
     book = Book()
     table = RoutingTable(ME, book, DhtPolicy(k=4))
