@@ -270,11 +270,18 @@ class Nat:
             self._announce()
 
     def _servers(self) -> list[PeerId]:
-        return [
-            peer
+        """Whom to ask: peers that we dialled, if there are enough. Who came by itself may have come to make us
+        believe that nobody can dial us (and proved the contrary by coming, if the address was public).
+        """
+        direct = {
+            peer: [path for path in self._host.paths(peer) if is_direct(path)]
             for peer in self._host.connected()
-            if peer not in self._mute and any(map(is_direct, self._host.paths(peer)))
-        ]
+            if peer not in self._mute
+        }
+        dialled = [peer for peer, paths in direct.items() if any(not path.inbound for path in paths)]
+        if len(dialled) >= self._config.confirmations:
+            return dialled
+        return [peer for peer, paths in direct.items() if paths]
 
     def _learned(self) -> None:
         _log.info("reachability", reachability=str(self.reachability))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
@@ -256,6 +256,30 @@ async def test_places_at_relays_come_and_go_with_the_belief(until) -> None:
             opinion.answer = None
         await until(lambda: nat.reachability is Reachability.PRIVATE)
         await until(lambda: nat.addresses == (relayed, *host.listening))
+
+
+async def test_those_who_came_by_themselves_do_not_outvote_those_whom_we_chose(until) -> None:
+    """Ten identities that connect and say that they can not dial us would make a client of any node."""
+    async with AsyncExitStack() as stack:
+        host = await stack.enter_async_context(open_host(new_identity()))
+        chosen = []
+        for _ in range(3):
+            server = await stack.enter_async_context(open_host(new_identity()))
+            opinion = Opinion(server)
+            opinion.answer = "met"
+            await host.connect(server.addresses[0])
+            chosen.append(opinion)
+        nat = await stack.enter_async_context(nat_of(host))
+        await until(lambda: nat.reachability is Reachability.PUBLIC)
+        liars = []
+        for _ in range(10):
+            liar = await stack.enter_async_context(open_host(new_identity()))
+            liars.append(Opinion(liar))
+            await liar.connect(host.addresses[0])
+        rounds = sum(opinion.asked for opinion in chosen)
+        await until(lambda: sum(opinion.asked for opinion in chosen) >= rounds + 9)  # asked again and again
+        assert nat.reachability is Reachability.PUBLIC
+        assert sum(liar.asked for liar in liars) == 0
 
 
 async def test_what_is_known_is_not_asked_and_peers_that_do_not_serve_are_left_alone(until) -> None:
