@@ -189,12 +189,13 @@ class RowCosts:
         self._seen = [0.0] * MAX_DRAFT
 
     def note(self, drafts: int, took_ns: int) -> None:
-        """A traversal with so many drafts took so much longer than one without. Raises ValueError if there can
-        not be so many.
+        """A traversal with so many drafts took so much longer than one without usually does. Negative where it
+        was quicker: on a busy machine times tremble more than they differ, and only their mean says something.
+        Raises ValueError if there can not be so many.
         """
         if not 1 <= drafts <= MAX_DRAFT:
             raise ValueError(f"{drafts} drafts")
-        self._sums[drafts - 1] = self._sums[drafts - 1] * _KEEP + max(0, took_ns)
+        self._sums[drafts - 1] = self._sums[drafts - 1] * _KEEP + took_ns
         self._seen[drafts - 1] = self._seen[drafts - 1] * _KEEP + 1
 
     def times(self, row_ns: int) -> list[int]:

@@ -309,6 +309,13 @@ def test_what_rows_cost_is_learnt_by_their_number() -> None:
     for bad in (0, MAX_DRAFT + 1):
         with pytest.raises(ValueError, match="drafts"):
             costs.note(bad, 1)
+    trembling = RowCosts()
+    for turn in range(400):
+        trembling.note(1, (10 + (60 if turn % 2 else -60)) * MS)
+    assert trembling.times(10 * MS)[0] == pytest.approx(10 * MS, rel=0.4)  # not the 35 of the slow ones alone
+    for _ in range(100):
+        trembling.note(1, -50 * MS)
+    assert min(trembling.times(0)) == 0
 
 
 def test_a_first_draft_that_costs_more_than_it_brings_is_not_sent_though_rows_are_said_to_be_cheap() -> None:
