@@ -317,9 +317,11 @@ class Affiliation(Generic[P]):
         tie.heard, tie.taken = now, sequence
         if sequence > self._sequence:
             tie.raised += 1
-            far = sequence > now + self._unix_offset_ns + MAX_AHEAD_NS
-            if far or tie.raised > MAX_RAISED:
-                self._part(now, peer, "claims a number that we never gave", LIAR_NS if far else 0, lied=far)
+            if sequence > now + self._unix_offset_ns + MAX_AHEAD_NS:
+                self._part(now, peer, "claims a number that we never gave", LIAR_NS, lied=True)
+                return
+            if tie.raised > MAX_RAISED:
+                self._part(now, peer, "has adverts that are not ours; does another machine use this identity?")
                 return
             # One of ours from before the clock was set back: go on above it.
             self._sequence = sequence

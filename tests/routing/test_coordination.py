@@ -394,6 +394,20 @@ def test_a_clock_that_is_set_back_takes_nothing_from_anybody(kit: Any) -> None:
     assert set(town.machine(10).coordinators) == {1, 2}
 
 
+def test_two_islands_with_one_identity_are_told_apart_from_a_clock_set_back(kit: Any) -> None:
+    town = Town(kit, islands=())
+    world = town.world
+    island, twin = town.island(10), town.island(10)
+    world.add(10, island, twin)  # what is for one, both hear, as on a link that one took from the other
+    for index, name in enumerate(("one", "other")):
+        world.order(10, affiliation.FoundCoordinators(town.candidates[:1]), index)
+        world.order(10, Advertise(kit.advert(name)), index)
+        world.run(SECOND_NS)
+    world.run(60 * SECOND_NS)
+    assert any("another machine" in parted.reason for parted in world.events(10, Parted))
+    assert world.messages < 2000
+
+
 class Liar:
     """A coordinator that answers what a test wants."""
 
