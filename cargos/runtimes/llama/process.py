@@ -43,8 +43,9 @@ class Outbox(Generic[To]):
         self._rest = b""  # of a frame that the pipe took in part
         self._fd: int | None = None  # of the pipe, while nothing waits
 
-    def put(self, message: To) -> None:
-        if self._fd is None:
+    def put(self, message: To, *, at_once: bool = False) -> None:
+        """`at_once`: now, not together with what is put beside it before this task gives way."""
+        if self._fd is None or self._frames or not at_once:
             self._frames.append(message)
             self._event.set()
             return
@@ -62,6 +63,7 @@ class Outbox(Generic[To]):
         fd = _descriptor(pipe)
         try:
             while True:
+                self._fd = None  # nothing may get between
                 while self._rest or self._frames:
                     data = self._rest + b"".join(map(self._codec.encode_frame, self._frames))
                     self._frames.clear()

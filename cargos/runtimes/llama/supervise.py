@@ -88,10 +88,10 @@ class Supervisor(Generic[To, From]):
         """Process id of the worker; 0 while there is none."""
         return self._worker.pid if self._worker is not None else 0
 
-    def send(self, frame: To) -> None:
-        """To the worker that there is now; nowhere if there is none."""
+    def send(self, frame: To, *, at_once: bool = False) -> None:
+        """To the worker that there is now; nowhere if there is none. `at_once`: see `Outbox.put`."""
         if self._worker is not None:
-            self._worker.outbox.put(frame)
+            self._worker.outbox.put(frame, at_once=at_once)
 
     def came_up(self) -> None:
         """The worker has said that the model is loaded."""

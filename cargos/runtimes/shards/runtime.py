@@ -191,7 +191,8 @@ class ShardStage(Kept[ToShard, FromShard]):
         """To the worker, or to the next one once it is there."""
         if self._supervisor.up:
             self._sent += 1
-            self._supervisor.send(frame)
+            # What several sessions have for the engine at a time should reach it together, for one step.
+            self._supervisor.send(frame, at_once=len(self._keys) <= 1)
         elif self._supervisor.state != "failed":
             self._waiting.append(frame)
 
