@@ -152,6 +152,8 @@ class ShardHost:
             if shard.mib_of(kept.first, kept.last) <= self.room_of(shard):
                 shard.owner = kept.owner
                 self._want(shard, kept.first, kept.last)
+                # From the first advert on: who seems to have room is sent elsewhere at once.
+                shard.first, shard.last, shard.state = kept.first, kept.last, "fetching"
             else:
                 room_mib = self._memory.room_mib
                 _log.warning("held layers do not fit any more", cargo=manifest.name, room_mib=room_mib)

@@ -117,7 +117,18 @@ class Store:
 
 
 class Island:
-    def __init__(self, host: ShardHost, engine: Engine, store: Store, ring: Any, digest: str) -> None:
+    """`at_first`: state and layers as its first advert would have them."""
+
+    def __init__(
+        self,
+        host: ShardHost,
+        engine: Engine,
+        store: Store,
+        ring: Any,
+        digest: str,
+        at_first: tuple[str, ShardRange],
+    ) -> None:
+        self.at_first = at_first
         self.host = host
         self.engine = engine
         self.store = store
@@ -170,8 +181,9 @@ def island(entry: CargoEntry, tmp_path: Path, make_stage: Any):
             )
             for each in (entry, *others):
                 shards.offer(each)
+            at_first = (shards.shards[entry.digest].state, shards.range_of(shards.shards[entry.digest]))
             await nursery.start(shards.run)
-            yield Island(shards, engine, store, ring, entry.digest)
+            yield Island(shards, engine, store, ring, entry.digest, at_first)
             nursery.cancel_scope.cancel()
 
     return make
@@ -215,6 +227,9 @@ async def test_room_becomes_layers_and_survives_a_restart(island, until, tmp_pat
         assert (held.first, held.last) == (20, 30)
     assert one.engine.open == 0
     async with island() as again:
+        # Before anything has run: who seems to have room now is ordered elsewhere at once.
+        state, told = again.at_first
+        assert (state, told.first, told.last) == ("fetching", 20, 30)
         await until(lambda: again.shard.state == "ready")
         assert (again.shard.first, again.shard.last, again.shard.owner) == (20, 30, BOSS)
         assert await again.order(5, 5) == (0, 0)
