@@ -41,7 +41,7 @@ anywhere; } pre { background: var(--card); border: 1px solid var(--line); border
 tabular-nums; font-size: .92rem; } th, td { padding: .36rem .9rem .36rem 0; text-align: right; border-bottom:
 1px solid var(--line); white-space: nowrap; } th:first-child, td:first-child { text-align: left; } th { color:
 var(--soft); font-weight: 600; } td.unit { color: var(--soft); text-align: left; } td.best { color: var(--good);
-font-weight: 650; } .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px),
+font-weight: 650; } .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px),
 1fr)); gap: 1.1rem; } figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius:
 10px; padding: .9rem 1rem .7rem; } figcaption { margin-bottom: .3rem; } figcaption span { color: var(--soft);
 font-size: .85rem; } svg.chart { width: 100%; height: auto; display: block; } .curve { fill: none; stroke-width:
