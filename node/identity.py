@@ -113,11 +113,11 @@ def _create(path: Path) -> Identity:
     identity = new_identity()
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with os.fdopen(os.open(draft, flags, 0o600), "w", encoding="ascii") as file:
-        file.write(f"{_HEADING}\n{identity.seed.hex()}\n")
-        file.flush()
-        os.fsync(file.fileno())
     try:
+        with os.fdopen(os.open(draft, flags, 0o600), "w", encoding="ascii") as file:
+            file.write(f"{_HEADING}\n{identity.seed.hex()}\n")
+            file.flush()
+            os.fsync(file.fileno())
         path.hardlink_to(draft)  # unlike a rename, fails if another process was faster
     except FileExistsError:
         winner = _load(path)
@@ -125,5 +125,5 @@ def _create(path: Path) -> Identity:
             raise
         return winner
     finally:
-        draft.unlink()
+        draft.unlink(missing_ok=True)
     return identity

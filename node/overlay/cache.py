@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, ClassVar, Final
 
@@ -117,6 +118,8 @@ class OverlayFiles:
             self._complained = False
         except OSError as error:
             self._complain(name, error)
+            with suppress(OSError):
+                draft.unlink()  # half of it helps nobody, least of all on a full disk
 
     def _complain(self, name: str, error: OSError) -> None:
         if not self._complained:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -17,7 +19,7 @@ from dht.keys import key_of_peer, key_of_record, key_of_role
 from dht.records import seal_record
 from dht.wire import METHOD_DHT, Contact, WireFindNode, WireNodes, WirePing
 from node.coordination.gossip import GossipService
-from node.identity import Identity, new_identity
+from node.identity import Identity, IdentityError, load_or_create_identity, new_identity
 from node.overlay.addresses import Scope
 from node.overlay.book import AddressBook
 from node.overlay.cache import CachedPeer, OverlayFiles
@@ -541,6 +543,24 @@ def test_a_damaged_peer_cache_is_worth_nothing(tmp_path: Path) -> None:
     assert files.load_values_untrusted() == {"coordinate": b"\x01"}
     with pytest.raises(ValueError, match="can not be kept"):
         files.save_value("../x", b"")
+
+
+def test_a_full_disk_keeps_what_was_there_and_no_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = OverlayFiles(tmp_path)
+    files.save_value("a", b"1")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    files.save_value("a", b"22")
+    files.save_value("b", b"1")
+    with pytest.raises(IdentityError, match="No space left"):
+        load_or_create_identity(tmp_path / "identity")
+    assert files.load_values_untrusted() == {"a": b"1"}
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["value-a"]
 
 
 async def test_reaching_nobody_says_so(network: Network) -> None:
