@@ -58,17 +58,23 @@ class OwnAddresses:
                 named[observed.address] = named.get(observed.address, 0) + 1
         return tuple(sorted(named, key=lambda text: -named[text]))
 
-    def ips(self) -> frozenset[str]:
-        """The IP addresses that peers see us at."""
-        found = (_parsed(observed.address) for observed in self._host.observed.values())
-        return frozenset(address.host for address in found if address is not None)
+    def ips(self) -> tuple[str, ...]:
+        """The IP addresses that peers see us at, the most often named first: a few who invent some do not push
+        out the one that all others see.
+        """
+        named: dict[str, int] = {}
+        for observed in self._host.observed.values():
+            address = _parsed(observed.address)
+            if address is not None:
+                named[address.host] = named.get(address.host, 0) + 1
+        return tuple(sorted(named, key=lambda ip: (-named[ip], ip)))
 
     def candidates(self) -> tuple[str, ...]:
         """Where we might be dialled: as peers see our port, at the IP that they see with the port that we
         listen on (a forwarded port, no NAT at all), and where we listen.
         """
         found = dict.fromkeys(self.mapped())
-        for ip in sorted(self.ips()):
+        for ip in self.ips():
             version = ipaddress.ip_address(ip).version
             for host, port in self._host.endpoints:
                 if ipaddress.ip_address(host.partition("%")[0]).version == version:

@@ -26,6 +26,7 @@ from node.p2p.nat_messages import (
     receive_message_untrusted,
     send_message,
 )
+from node.p2p.own_addresses import OwnAddresses
 from node.p2p.reachability import (
     DialBackLimits,
     DialBackServer,
@@ -36,6 +37,7 @@ from node.p2p.reachability import (
 )
 from node.p2p.relay_client import RelayClientConfig
 from protocol.dice import Dice
+from protocol.ids import PeerId
 
 PATIENCE_S = 30
 SERVERS = [new_identity().peer for _ in range(12)]
@@ -256,6 +258,16 @@ async def test_places_at_relays_come_and_go_with_the_belief(until) -> None:
             opinion.answer = None
         await until(lambda: nat.reachability is Reachability.PRIVATE)
         await until(lambda: nat.addresses == (relayed, *host.listening))
+
+
+async def test_where_most_see_us_comes_before_what_a_few_invent() -> None:
+    async with open_host(new_identity()) as host:
+        for i in range(20):
+            host.note_observed(PeerId(f"liar-{i}"), f"/ip4/1.0.0.{i}/tcp/{i + 1}")
+        for i in range(3):
+            host.note_observed(PeerId(f"honest-{i}"), f"/ip4/8.8.8.8/tcp/{4000 + i}")
+        port = host.addresses[0].split("/")[4]
+        assert OwnAddresses(host).candidates()[0] == f"/ip4/8.8.8.8/tcp/{port}"
 
 
 async def test_those_who_came_by_themselves_do_not_outvote_those_whom_we_chose(until) -> None:
