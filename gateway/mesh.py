@@ -36,11 +36,11 @@ from node.rpc import PeerUnreachable
 from node.streams import MessageStream
 from protocol.coordination import CargoCount
 from protocol.dice import Dice
-from protocol.envelope import Signer
+from protocol.envelope import Envelope, Signer
 from protocol.ids import CargoDigest, JobId, PeerId
-from protocol.instants import Instant, UnixNs
-from protocol.jobs import FROM_ISLAND, JOB_PROTOCOL, TO_ISLAND
-from protocol.ring import Dtype
+from protocol.instants import MILLISECOND_NS, Instant, UnixNs
+from protocol.jobs import FROM_ISLAND, JOB_PROTOCOL, TO_ISLAND, JobOffer
+from protocol.ring import PERMIT_SLACK_NS, SESSION_PERMIT_KIND, Dtype, SessionPermit
 from protocol.work import Work
 from routing.chains.rebalance import BalancePolicy
 from routing.coordinator_events import CoordinatorEvent, IslandChanged, IslandGone
@@ -134,6 +134,7 @@ class Mesh:
         self._peers = peers
         self._overlay = overlay
         self._coordinator = coordinator
+        self._signer = signer
         self._policy = policy
         self._requirements = requirements
         self._nursery = nursery
@@ -155,10 +156,10 @@ class Mesh:
             self.known,
             self.work,
             self._outlook,
-            me=host.peer,
             giver=OrderGiver(
                 peers, overlay, self.known, signer=signer, vouchers=self._vouchers, unix_now=unix_now
             ),
+            me=host.peer,
             requirements=requirements,
             now=now,
             nursery=nursery,
@@ -166,8 +167,8 @@ class Mesh:
             dtype=dtype,
             balance=balance,
         )
-        self._followed: FollowedCargos | None = None
         self._following: FollowingService | None = None
+        self._followed: FollowedCargos | None = None
         self._filling: set[PeerId] = set()
         self._waiting: dict[JobId, MeshJob] = {}
         self._ready: dict[PeerId, deque[Stream]] = {}
@@ -185,14 +186,21 @@ class Mesh:
 
     def follow(self, following: FollowingService) -> None:
         """Hear of Islands from other coordinators by this."""
-        self._followed = FollowedCargos(self._coordinator, following)
         self._following = following
+        self._followed = FollowedCargos(self._coordinator, following)
         self._nursery.start_soon(self._followed.run)
 
     @property
     def book(self) -> IslandBook[PeerId]:
         """All Islands known here."""
         return self.known.islands
+
+    def permit_for(self, offer: JobOffer) -> Envelope:
+        """What shows the stages of this offer's chain that the session is ours."""
+        unix_now = UnixNs(self.now() + self.unix_offset_ns)
+        expires = UnixNs(unix_now + offer.deadline_ms * MILLISECOND_NS + PERMIT_SLACK_NS)
+        permit = SessionPermit(offer.job, offer.cargo)
+        return self._signer.seal(SESSION_PERMIT_KIND, permit, sequence=unix_now, expires_unix_ns=expires)
 
     # --- what the HTTP side asks --------------------------------------------------------------------
 
@@ -301,6 +309,9 @@ class Mesh:
             case _:
                 pass
 
+    def _vouchers(self, cargo: str, island: PeerId) -> tuple[PeerId, ...]:
+        return () if self._following is None else self._following.vouchers(cargo, island)
+
     def _elsewhere(self) -> Iterator[CargoCount]:
         """Cargos that other coordinators say they have."""
         for other in self._coordinator.machine.others:
@@ -309,9 +320,6 @@ class Mesh:
     def _estimate_ns(self, coordinate: int) -> int | None:
         own = self._overlay.driver.machine.coordinate
         return estimate_ns(own, coordinate) if own and coordinate else None
-    def _vouchers(self, cargo: str, island: PeerId) -> tuple[PeerId, ...]:
-        return () if self._following is None else self._following.vouchers(cargo, island)
-
 
     async def _learn_manifests(self, peer: PeerId, digests: tuple[str, ...]) -> None:
         """Ask an Island for the manifests that nobody here knows."""
