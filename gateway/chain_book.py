@@ -25,6 +25,7 @@ from gateway.chain_layout import (
     middle_shape,
     possible,
     room_bytes,
+    standing,
     with_few_addresses,
 )
 from gateway.chain_renewal import renewed
@@ -285,9 +286,8 @@ class ChainBook:
             return
         cargo.asking.pop(order.peer, None)
         cargo.basis = None
-        holds = held is not None and held.first < held.last
         if held is None or (held.first, held.last) != (order.hold.first, order.hold.last):
-            cargo.balancer.refused(order.peer, stays=holds)
+            cargo.balancer.refused(order.peer, stays=held is not None and held.first < held.last)
         if held is None or held.first >= held.last:
             if order.hold.first < order.hold.last:
                 before = cargo.refused.get(order.peer)
@@ -468,10 +468,11 @@ class ChainBook:
             waiting = any(r.until > now and r.times <= PATIENT_REFUSALS for r in cargo.refused.values())
             cargo.progress = NotYet(0, sharding.layers) if waiting else None
             return Stepped(wake=wake)
-        cargo.shortage, cargo.token_ns = None, found.cost.token_ns
-        cargo.layout = layout_of(found, held, sharding.layers)
-        there = [s for s in found.stages if (s.peer, s.first, s.last) in loaded]
-        cargo.ready = len(there) == len(found.stages)
+        works = standing(found, shape, held, loaded, self._rtt_of)
+        cargo.shortage, cargo.token_ns = None, works.cost.token_ns
+        cargo.layout = layout_of(works, held, sharding.layers)
+        there = [s for s in works.stages if (s.peer, s.first, s.last) in loaded]
+        cargo.ready = len(there) == len(works.stages)
         done = sum(stage.last - stage.first for stage in there)
         cargo.progress = None if cargo.ready else NotYet(done, sharding.layers)
         orders = tuple(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from cargos.manifest import Sharding
 from protocol.adverts import OfferedCargo
 from protocol.ids import PeerId
-from routing.chains.plan import Allocation, Holder, ModelShape
+from routing.chains.costs import Rtt
+from routing.chains.plan import Allocation, Holder, ModelShape, allocate
 from routing.islands import Island
 
 #: Addresses of an Island in a chain: four of each fit into an offer (MAX_CHAIN_BYTES).
@@ -59,6 +60,23 @@ def layout_of(found: Allocation[PeerId], held: Sequence[Holder[PeerId]], layers:
     others = {(h.peer, h.first, h.last) for h in held if h.peer not in standing}
     others |= {(one.peer, one.first, one.last) for one in found.spares}
     return Layout(layers, stages, tuple(sorted(others, key=lambda row: (row[1], row[2], row[0]))))
+
+
+def standing(
+    found: Allocation[PeerId],
+    shape: ModelShape,
+    held: Sequence[Holder[PeerId]],
+    loaded: Collection[tuple[PeerId, int, int]],
+    rtt_of: Rtt[PeerId],
+) -> Allocation[PeerId]:
+    """The chain that works now: the best one, or, while some of its Islands still load, the best of those that
+    do not. If there is none, the best one.
+    """
+    if all((stage.peer, stage.first, stage.last) in loaded for stage in found.stages):
+        return found
+    ready = [holder for holder in held if (holder.peer, holder.first, holder.last) in loaded]
+    other = allocate(shape, (), ready, rtt_of, spares=0)
+    return other if isinstance(other, Allocation) else found
 
 
 def with_few_addresses(holder: Holder[PeerId]) -> Holder[PeerId]:

@@ -470,3 +470,20 @@ def test_who_refuses_to_join_is_asked_again_later() -> None:
     world.book.answered(world.now, CARGO, order, None)
     again = load(world, looks=4)
     assert {order.peer for order in again} == {PEERS[6]}
+
+
+def test_a_chain_that_stands_is_ready_while_a_better_one_loads() -> None:
+    """A quicker Island holds a range now, but loads it still: jobs go on over those that are ready."""
+    world = World()
+    world.form(*PEERS[:6])
+    (first, last), *_ = sorted(set(world.ranges().values()))
+    moved = next(peer for peer, span in world.ranges().items() if span == (first, last))
+    world.offer(moved, first, last, state="loading", layer_ns=1)
+    stepped = world.step(SECOND_NS)
+    assert not stepped.became_ready, "it was ready all the time"
+    assert world.book.ready_tps(CARGO) is not None
+    layout = world.book.layout(CARGO)
+    assert layout is not None
+    assert moved not in {peer for peer, *_ in layout.stages}
+    assert moved in {peer for peer, *_ in layout.spares}
+    assert moved not in {stage.holder.peer for stage in world.chain().stages}
