@@ -32,6 +32,7 @@ class Watched:
 
     def __init__(self, stream: Stream, told: Callable[[], None]) -> None:
         self.partial = 0
+        self.heard_at = trio.current_time()
         self._stream = stream
         self._told = told
         self.send_nowait: Final = stream.send_nowait
@@ -48,6 +49,7 @@ class Watched:
         if self.partial:
             self._told()
         data = await self._stream.receive_some(max_bytes)
+        self.heard_at = trio.current_time()
         self.partial += len(data)
         return data
 
@@ -79,6 +81,8 @@ class Link:
     watched: Watched | None = None
     better: Stream | None = None
     """Where it goes on after the message that is being sent."""
+    moving: bool = False
+    """Its successor is there, and waits until all that came on this one has been taken."""
     finishing: bool = False
     emptied: trio.Event = field(default_factory=trio.Event)
     """All that came on it has been taken."""

@@ -74,8 +74,11 @@ _BROKEN_LOOK_S: Final = 0.2
 #: one takes seconds, and pings wait behind it.
 _PROGRESS_S: Final = 0.2
 
-#: A link that moves has this long to bring what is still on its old way.
+#: A link that moves has this long to bring what is still on its old way, and ends sooner if nothing comes there
+#: for so long: then it has not moved, but was lost by the other side.
 _MOVE_S: Final = 10.0
+_STILL_S: Final = 1.5
+_LATE_S: Final = 0.25
 
 _log = structlog.get_logger("ring")
 
@@ -301,11 +304,17 @@ class RingLinks:
         link = Link(stream.peer, FROM_STAGE, stream)
         watched = link.watched = Watched(stream, lambda: self._progress(link))
         before = self._up.get(stream.peer)
-        self._up[stream.peer] = link
         self.counters.accepted += 1
+        if before is not None:
+            await self._succeed(before, stream)
+            before = self._up.get(stream.peer)
+        self._up[stream.peer] = link
+        if before is not None and before.moving:
+            before.finish()
+        elif before is not None:  # whoever lost it knows; the sessions on it go on
+            before.end("replaced by a newer link")
         with link.scope:
             try:
-                await self._succeed(before, stream)
                 await self._run(link, MessageStream(watched, FROM_STAGE, TO_STAGE), watched)
             except StreamBroken as error:
                 link.reason = link.reason or error.reason
@@ -313,27 +322,30 @@ class RingLinks:
                 self.counters.malformed += 1
                 link.reason = f"broke the protocol: {error.detail}"
         link.end("closed by the peer")
-        if self._up.get(link.peer) is link:
+        if self._up.get(link.peer) is link and not link.moving:
             del self._up[link.peer]
             self._lost(link)
             if not self._closed:
                 self._user.upstream_lost(link.peer)
 
-    async def _succeed(self, before: Link | None, stream: Stream) -> None:
-        """Whoever lost the link before this one knows; the sessions on it go on. If it moved here, what is on
-        its old way comes first.
+    async def _succeed(self, before: Link, stream: Stream) -> None:
+        """If a link has moved here, wait until what is on its old way has come. Until then answers go there,
+        too, since they are read there.
         """
-        if before is None:
+        if not before.is_relayed or stream.path.relay is not None or before.watched is None:
             return
-        try:
-            if before.is_relayed and stream.path.relay is None:
-                with trio.move_on_after(_MOVE_S):
-                    await before.emptied.wait()
-                    return  # it ends by itself, once it has said its last word
-            before.end("replaced by a newer link")
-        except trio.Cancelled:
-            before.end("replaced by a newer link")
-            raise
+        before.moving = True
+        began = trio.current_time()
+        while not before.emptied.is_set():
+            until = min(max(before.watched.heard_at, began) + _STILL_S, began + _MOVE_S)
+            with trio.move_on_at(until):
+                await before.emptied.wait()
+            late_s = trio.current_time() - until
+            if late_s > _LATE_S:
+                began = trio.current_time()  # this process was stopped: what came meanwhile is not read yet
+            elif late_s >= 0:
+                break
+        before.moving = before.emptied.is_set()
 
     def _progress(self, link: Link) -> None:
         if sum(each.partial for each in self._up.values()) > MAX_PARTIAL_BYTES:
@@ -390,10 +402,8 @@ class RingLinks:
                     stream = link.stream
                     await self._read(link, stream, MessageStream(stream, TO_STAGE, FROM_STAGE), None)
                 link.emptied.set()
-                moved = watched is not None and self._up.get(link.peer) is not link
-                if moved:  # they wait for our last word on the old way
+                if link.moving:  # they wait for our last word on the old way: see `_serve`
                     nursery.cancel_scope.deadline = trio.current_time() + _MOVE_S
-                    link.finish()
                 else:
                     nursery.cancel_scope.cancel()
             except (StreamBroken, ProtocolError) as error:  # here: the nursery would wrap it in a group
