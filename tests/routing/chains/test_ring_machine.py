@@ -738,18 +738,3 @@ def test_without_drafts_no_row_is_doubtful(bench: Any) -> None:
     made.order(ev.Begin(SESSION, chain_of("c"), PeerId("gateway"), deterministic=True))
     ((_, message),) = made.order(draw(0, 1, 2, 3))
     assert message.upto == 3  # and the step of the grid that ends here is not cut in two
-
-
-def test_the_end_gathers_how_far_apart_the_stages_are(opened: Any) -> None:
-    """By the shortest answer to a ping: what is in the way now and then does not count."""
-    here = opened()
-    ping_ns = RingPolicy().ping_ns
-    for count, way_ns in enumerate((80 * MILLISECOND_NS, 40 * MILLISECOND_NS, 90 * MILLISECOND_NS), 1):
-        asked = [one for one in here.wait(count * ping_ns - here.now) if kinds([one]) == [("h", RingPing)]]
-        assert len(asked) == 1
-        here.now = Instant(here.now + way_ns)
-        here.hear("h", RingPong(asked[0][1].number))
-        here.hear("h", RingPong(asked[0][1].number))  # said twice, it is nearer by nothing
-        here.hear("h", RingPong(99))  # never asked
-    (_, end), _ = here.hear("a", RingEnd(SESSION, hops=(5, 6), rtts=(7,)))
-    assert end.rtts == (7, 40 * MILLISECOND_NS)
