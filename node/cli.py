@@ -84,6 +84,11 @@ def _add_dht(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     name_help = (
         "a peer id, sha256:DIGEST, role:NAME[@REGION], capability:NAME[@REGION], region:NAME, or a hex key"
     )
+    record_help = {
+        "namespace": "any word, such as notes; in 'peer' a node writes only under its own id",
+        "name": "any text: the key is a hash of both",
+        "value": "text, or - for what comes by standard input",
+    }
     for command, words, text in (
         ("peers", (), "the routing table"),
         ("find", ("name",), "the peers closest to a key"),
@@ -99,7 +104,7 @@ def _add_dht(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     ):
         parser = kinds.add_parser(command, help=text)
         for word in words:
-            parser.add_argument(word, help=name_help if words == ("name",) else None)
+            parser.add_argument(word, help=name_help if words == ("name",) else record_help[word])
         if command == "put":
             parser.add_argument("--ttl", type=int, default=24, metavar="HOURS", help="1 to 48; default 24")
         parser.add_argument("--json", action="store_true", help="for scripts")
