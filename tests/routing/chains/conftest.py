@@ -17,7 +17,17 @@ from protocol.envelope import SIGNATURE_BYTES, Envelope
 from protocol.ids import PeerId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant, after
 from protocol.machine import Disconnect, Emit, Ordered, Received, Send, Woken
-from protocol.ring import FROM_STAGE, TO_STAGE, Chain, Stage, StagePeer, StageReceipt
+from protocol.ring import (
+    FROM_STAGE,
+    TO_STAGE,
+    Chain,
+    RingFeed,
+    RingPing,
+    RingPong,
+    Stage,
+    StagePeer,
+    StageReceipt,
+)
 from routing.chains import events as ev
 from routing.chains.ring import RingMachine, RingPolicy
 
@@ -611,3 +621,62 @@ def ring_reference() -> Callable[..., list[int]]:
 @pytest.fixture
 def ring_sign() -> Callable[[StageReceipt], Envelope]:
     return sign
+
+
+class Bench:
+    """One machine, which the test plays all others to, and what it did."""
+
+    def __init__(
+        self, cargo: str, session: str, me: str, layers: tuple[int, int], policy: RingPolicy | None = None
+    ):
+        self.session = session
+        self.machine = RingMachine(PeerId(me), policy or RingPolicy(), sign=sign, unix_offset_ns=UNIX_OFFSET_NS)
+        self.now = Instant(0)
+        self.order(ev.ShardHeldHere(cargo, *layers))
+
+    def give(self, what: Any) -> list[Any]:
+        """What it sends, as (peer, message), what it tells, as the event, and whom it hangs up on."""
+        out: list[Any] = []
+        for effect in self.machine.receive(self.now, what):
+            match effect:
+                case Send(peer, message):
+                    out.append((peer, message))
+                case Emit(event):
+                    out.append(event)
+                case _:
+                    out.append(effect)
+        return out
+
+    def hear(self, peer: str, message: Any) -> list[Any]:
+        return self.give(Received(PeerId(peer), message))
+
+    def order(self, command: Any) -> list[Any]:
+        return self.give(Ordered(command))
+
+    def wait(self, duration_ns: int, answering: tuple[str, ...] = ()) -> list[Any]:
+        """Time passes; the named peers answer pings."""
+        out: list[Any] = []
+        end = self.now + duration_ns
+        while (wake := self.machine.next_wake()) is not None and wake <= end:
+            self.now = Instant(max(self.now, wake))
+            told = self.give(Woken())
+            for one in told:
+                match one:
+                    case (str() as peer, RingPing(number)) if peer in answering:
+                        told += self.hear(peer, RingPong(number))
+                    case _:
+                        pass
+            out += told
+        self.now = Instant(end)
+        return out
+
+    def feed(self, position: int, rows: int, *, peer: str = "a", turn: int = 0, mark: int = 1) -> list[Any]:
+        return self.hear(peer, RingFeed(self.session, position, rows, bytes([mark]) * 16 * rows, turn))
+
+    def done(self, position: int, rows: int, mark: int = 2) -> list[Any]:
+        return self.order(ev.Done(self.session, position, rows, bytes([mark]) * 16 * rows, 1000, 10))
+
+
+@pytest.fixture
+def ring_bench() -> type[Bench]:
+    return Bench

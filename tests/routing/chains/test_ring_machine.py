@@ -9,7 +9,7 @@ import pytest
 
 from protocol.ids import PeerId
 from protocol.instants import MILLISECOND_NS, SECOND_NS, Instant
-from protocol.machine import Disconnect, Emit, Ordered, Received, Send, Woken
+from protocol.machine import Disconnect, Woken
 from protocol.ring import (
     Chain,
     RingAck,
@@ -19,12 +19,11 @@ from protocol.ring import (
     RingOpen,
     RingOpened,
     RingPing,
-    RingPong,
     Stage,
     StagePeer,
 )
 from routing.chains import events as ev
-from routing.chains.ring import RingMachine, RingPolicy
+from routing.chains.ring import RingPolicy
 from routing.chains.ring_policy import MAX_TAKEN_ROWS
 
 CARGO = "sha256:" + "d" * 64
@@ -50,67 +49,16 @@ def opening(index: int, chain: Chain | None = None, *, session: str = SESSION, *
     return RingOpen(session=session, chain=chain or chain_of(), index=index, **(fields | how))
 
 
-class Bench:
-    """A machine and what it did."""
-
-    def __init__(self, sign: Any, me: str, layers: tuple[int, int], policy: RingPolicy | None = None):
-        self.machine = RingMachine(PeerId(me), policy or RingPolicy(), sign=sign, unix_offset_ns=UNIX_OFFSET_NS)
-        self.now = Instant(0)
-        self.order(ev.ShardHeldHere(CARGO, *layers))
-
-    def give(self, what: Any) -> list[Any]:
-        """What it sends, as (peer, message), what it tells, as the event, and whom it hangs up on."""
-        out: list[Any] = []
-        for effect in self.machine.receive(self.now, what):
-            match effect:
-                case Send(peer, message):
-                    out.append((peer, message))
-                case Emit(event):
-                    out.append(event)
-                case _:
-                    out.append(effect)
-        return out
-
-    def hear(self, peer: str, message: Any) -> list[Any]:
-        return self.give(Received(PeerId(peer), message))
-
-    def order(self, command: Any) -> list[Any]:
-        return self.give(Ordered(command))
-
-    def wait(self, duration_ns: int, answering: tuple[str, ...] = ()) -> list[Any]:
-        """Time passes; the named peers answer pings."""
-        out: list[Any] = []
-        end = self.now + duration_ns
-        while (wake := self.machine.next_wake()) is not None and wake <= end:
-            self.now = Instant(max(self.now, wake))
-            told = self.give(Woken())
-            for one in told:
-                match one:
-                    case (str() as peer, RingPing(number)) if peer in answering:
-                        told += self.hear(peer, RingPong(number))
-                    case _:
-                        pass
-            out += told
-        self.now = Instant(end)
-        return out
-
-    def feed(self, position: int, rows: int, *, peer: str = "a", turn: int = 0, mark: int = 1) -> list[Any]:
-        return self.hear(peer, RingFeed(SESSION, position, rows, bytes([mark]) * 16 * rows, turn))
-
-    def done(self, position: int, rows: int, mark: int = 2) -> list[Any]:
-        return self.order(ev.Done(SESSION, position, rows, bytes([mark]) * 16 * rows, 1000, 10))
-
-
 @pytest.fixture
-def bench(ring_sign: Any) -> Any:
-    return lambda me="b", layers=(4, 8), policy=None: Bench(ring_sign, me, layers, policy)
+def bench(ring_bench: Any) -> Any:
+    return lambda me="b", layers=(4, 8), policy=None: ring_bench(CARGO, SESSION, me, layers, policy)
 
 
 @pytest.fixture
 def opened(bench: Any) -> Any:
     """Stage b of a chain with spares c and d; h is open behind it unless told otherwise."""
 
-    def make(policy: RingPolicy | None = None, *, have: int | None = 0) -> Bench:
+    def make(policy: RingPolicy | None = None, *, have: int | None = 0) -> Any:
         made = bench(policy=policy)
         made.hear("a", opening(1, chain_of("c", "d")))
         if have is not None:
@@ -350,7 +298,7 @@ def two_in_the_midst() -> Chain:
 def feeding(bench: Any) -> Any:
     """Stage b that has sent five rows to c."""
 
-    def make(policy: RingPolicy | None = None) -> Bench:
+    def make(policy: RingPolicy | None = None) -> Any:
         stage = bench(policy=policy)
         stage.hear("a", opening(1, two_in_the_midst()))
         stage.hear("c", RingOpened(SESSION, 0, 0, 7))
