@@ -1,4 +1,4 @@
-"""A Cargo that names a model to draft with, over Islands in the delay laboratory: a peer gives it to the head."""
+"""A Cargo that names a model to draft with, over Islands in the delay laboratory: peers give it to the head."""
 
 from __future__ import annotations
 
