@@ -21,6 +21,7 @@ BENCHMARKS = {
     "sim_events": "events/s of the simulator's world against SimPy on the same toy",
     "chain": "chains of 2 and 3 Islands against one with the whole model, 1 and 8 sessions",
     "chain_equality": "do chains of 2, 3 and 4 Islands say what the whole model says, token for token",
+    "chain_cost": "CPU time and wake-ups that a token costs the processes of a chain, beside its computing",
     "chain_latency": "a chain with distance between its stages: share of the bound, with and without drafts",
     "chain_draft": "what the small model that a Cargo names for drafts brings, by distance",
     "chain_load": "a chain under load: others join its busy layers, one dies, and no answer is lost",

@@ -217,42 +217,6 @@ def test_the_window_holds_rows_back_and_so_the_stage_before(opened: Any) -> None
     assert out == [("h", RingFeed(SESSION, 4, 2, b"\x02" * 32)), ("a", RingAck(SESSION, 10, 0, 10))]
 
 
-def test_single_rows_are_acknowledged_together_but_for_the_first_ones(opened: Any) -> None:
-    stage = opened()
-    acks: list[RingAck] = []
-    for row in range(22):
-        stage.feed(row, 1)
-        acks += [one[1] for one in stage.done(row, 1) if kinds([one]) == [("a", RingAck)]]
-    assert [ack.until for ack in acks] == [1, 2, 3, 4, 12, 20]
-    assert all(ack.compute_ns == 1000 for ack in acks)
-    late = [one for one in stage.wait(2 * SECOND_NS, answering=("h",)) if kinds([one]) == [("a", RingAck)]]
-    assert late[0] == ("a", RingAck(SESSION, 22))  # later than when it was done: no measure of anything
-    stage.feed(22, 9)
-    assert ("a", RingAck(SESSION, 31, 1000, 10)) in stage.done(22, 9)
-
-
-def test_an_acknowledgement_of_many_rows_measures_the_last_one(opened: Any) -> None:
-    stage = opened()
-    for row in range(6):
-        stage.feed(row, 1)
-        stage.done(row, 1)
-        stage.now = Instant(stage.now + 50 * MILLISECOND_NS)
-    stage.now = Instant(stage.now - 20 * MILLISECOND_NS)  # 30 ms after the last one was sent
-    stage.hear("h", RingAck(SESSION, 6, 1000, 10))
-    ends = [one[1] for one in stage.hear("a", RingEnd(SESSION)) if kinds([one]) == [("h", RingEnd)]]
-    assert ends[0].hops == (30 * MILLISECOND_NS,)
-
-
-def test_a_late_acknowledgement_measures_nothing(opened: Any) -> None:
-    stage = opened()
-    stage.feed(0, 1)
-    stage.done(0, 1)
-    stage.now = Instant(900 * MILLISECOND_NS)
-    stage.hear("h", RingAck(SESSION, 1))
-    ends = [one[1] for one in stage.hear("a", RingEnd(SESSION)) if kinds([one]) == [("h", RingEnd)]]
-    assert ends[0].hops == (0,)
-
-
 def test_a_stage_before_us_that_ignores_the_window_is_thrown_out(opened: Any) -> None:
     stage = opened()
     out: list[Any] = []
