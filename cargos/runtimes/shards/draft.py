@@ -52,6 +52,9 @@ _PROBE_AFTER: Final = 64
 #: fades with each step without instead, by half in 70, so that bad luck is not for ever.
 _FADE: Final = 0.99
 
+#: And they must promise so much more speed than none: the work is certain, what it brings is an estimate.
+_MARGIN: Final = 1.2
+
 
 class _Grams:
     """Where each run of `n` tokens ended, latest first. Chained hashing in flat arrays, 12 to 20 bytes a token
@@ -234,7 +237,9 @@ class DraftPolicy:
         row more takes of the whole ring, times the sessions that share it (they all wait for it); or what
         1, 2, ... MAX_DRAFT rows take together.
         """
-        length, _ = self.weigh(trip_ns, row_ns, match=match)
+        length, rate = self.weigh(trip_ns, row_ns, match=match)
+        if not self._probes and rate * trip_ns < _MARGIN:
+            length = 0
         self._silent = 0 if length else self._silent + 1
         if self._silent and not self._probes:
             for table in (self._hits, self._seen):
