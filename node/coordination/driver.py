@@ -14,17 +14,15 @@ from typing import Final, Generic, TypeAlias, TypeVar
 import structlog
 import trio
 
-from node.overlay.clock import monotonic_now
+from node.machine_loop import MachineLoop
 from node.peers import PeerDown, PeerEvent, Peers
 from node.rpc import PeerUnreachable
 from protocol.codec import Message
 from protocol.ids import PeerId
-from protocol.instants import SECOND_NS
 from protocol.machine import (
     Disconnect,
     Effect,
     Emit,
-    Input,
     Machine,
     Ordered,
     PeerLost,
@@ -71,56 +69,36 @@ class MachineDriver(Generic[M, C, E]):
         reach: Reach | None = None,
         disconnect: Callable[[PeerId, str], Awaitable[None]] | None = None,
     ) -> None:
-        self._machine = machine
+        self._loop: MachineLoop[PeerId, M, C, E] = MachineLoop(machine, self._apply)
         self._peers = peers
         self._method = method
         self._nursery = nursery
         self._on_event = on_event
         self._reach = reach
         self._disconnect = disconnect
-        self._inbox: deque[Input[PeerId, M, C]] = deque()
-        self._driving = False
         self._outbox: dict[PeerId, deque[M]] = {}
-        self._alarm = trio.CancelScope()
         self._unsubscribe = peers.subscribe(self._on_peer)
 
     def order(self, command: C) -> None:
         """Tell the machine what its user wants."""
-        self._drive(Ordered(command))
+        self._loop.feed(Ordered(command))
 
     def received(self, peer: PeerId, message: M) -> None:
         """A peer's message came."""
-        self._drive(Received(peer, message))
+        self._loop.feed(Received(peer, message))
 
     def wake(self) -> None:
         """Something about the machine was changed: see what it has to do now."""
-        self._drive(Woken())
+        self._loop.feed(Woken())
 
     async def run(self) -> None:
         """Wake the machine when it asks for it, until cancelled."""
         try:
-            while True:
-                with trio.CancelScope() as self._alarm:
-                    self._set_alarm()
-                    await trio.sleep_forever()
-                self._drive(Woken())
+            await self._loop.run()
         finally:
             self._unsubscribe()
 
     # --- inside -------------------------------------------------------------------------------------
-
-    def _drive(self, what: Input[PeerId, M, C]) -> None:
-        self._inbox.append(what)
-        if self._driving:
-            return
-        self._driving = True
-        try:
-            while self._inbox:
-                for effect in self._machine.receive(monotonic_now(), self._inbox.popleft()):
-                    self._apply(effect)
-        finally:
-            self._driving = False
-        self._set_alarm()
 
     def _apply(self, effect: Effect[PeerId, M, E]) -> None:
         match effect:
@@ -134,19 +112,14 @@ class MachineDriver(Generic[M, C, E]):
             case Trace(name, values):
                 _log.debug(name, **dict(values))
             case _:
-                pass  # WakeAt: `run` asks `next_wake`
-
-    def _set_alarm(self) -> None:
-        wake = self._machine.next_wake()
-        # A microsecond more than asked for: a float must not round to a moment before.
-        self._alarm.deadline = trio.current_time() + 3600 if wake is None else (wake + 1000) / SECOND_NS
+                pass
 
     def _send(self, peer: PeerId, message: M) -> None:
         if self._peers.hello(peer) is not None:
             self._peers.notify(peer, self._method, message)
             return
         if self._reach is None:
-            self._inbox.append(PeerLost(peer))
+            self._loop.feed(PeerLost(peer))
             return
         waiting = self._outbox.get(peer)
         if waiting is not None:
@@ -157,7 +130,7 @@ class MachineDriver(Generic[M, C, E]):
             self._outbox[peer] = deque((message,))
             self._nursery.start_soon(self._connect, peer, self._reach)
         else:
-            self._inbox.append(PeerLost(peer))
+            self._loop.feed(PeerLost(peer))
 
     async def _connect(self, peer: PeerId, reach: Reach) -> None:
         try:
@@ -166,11 +139,11 @@ class MachineDriver(Generic[M, C, E]):
         except (PeerUnreachable, trio.TooSlowError) as error:
             self._outbox.pop(peer, None)
             _log.debug("unreachable", peer=peer, reason=str(error) or "no answer in time")
-            self._drive(PeerLost(peer))
+            self._loop.feed(PeerLost(peer))
         else:
             for message in self._outbox.pop(peer, ()):
                 self._peers.notify(peer, self._method, message)
 
     def _on_peer(self, event: PeerEvent) -> None:
         if isinstance(event, PeerDown) and event.peer not in self._outbox:
-            self._drive(PeerLost(event.peer))
+            self._loop.feed(PeerLost(event.peer))

@@ -30,18 +30,17 @@ from dht.events import (
 from dht.machine import DhtMachine
 from dht.messages import DhtAnswer, DhtMessage
 from dht.wire import DHT_CODEC, METHOD_DHT, WIRE_ANSWERS, Contact, WireMessage, from_wire_untrusted, to_wire
+from node.machine_loop import MachineLoop
 from node.overlay.addresses import Scope, bare, scope_of_remote
 from node.overlay.book import AddressBook
 from node.overlay.cache import OverlayFiles
-from node.overlay.clock import monotonic_now
 from node.overlay.flood import FloodGuard
 from node.p2p import Host
 from node.peers import PeerChanged, PeerDown, PeerEvent, Peers
 from node.rpc import PeerUnreachable
 from protocol.errors import ProtocolError
 from protocol.ids import PeerId
-from protocol.instants import SECOND_NS
-from protocol.machine import Disconnect, Effect, Emit, Input, Ordered, PeerLost, Persist, Received, Send, Woken
+from protocol.machine import Disconnect, Effect, Emit, Input, Ordered, PeerLost, Persist, Received, Send
 
 #: Messages that wait for one link to come up; a lookup sends one, storing a second.
 MAX_WAITING_PER_PEER: Final = 16
@@ -110,14 +109,12 @@ class DhtDriver:
         self._book = book
         self._files = files
         self._nursery = nursery
-        self._inbox: deque[DhtInput] = deque()
-        self._driving = False
+        self._loop: MachineLoop[int, DhtMessage, DhtCommand, DhtEvent] = MachineLoop(machine, self._apply)
         self._next_ticket = 1
         self._waiters: dict[int, _Waiter] = {}
         self._joins: list[Callable[[int], None]] = []
         self._outbox: dict[int, deque[WireMessage]] = {}
         self._asked: OrderedDict[int, float] = OrderedDict()  # since when an answer is awaited
-        self._alarm = trio.CancelScope()
         peers.serve_notice(METHOD_DHT, DHT_CODEC, self._take, admit=self._admit)
         peers.subscribe(self._on_peer)
         peers.subscribe_round_trips(self._on_round_trip)
@@ -172,28 +169,13 @@ class DhtDriver:
 
     async def run(self) -> None:
         """Wake the machine when it asks for it, until cancelled."""
-        while True:
-            with trio.CancelScope() as self._alarm:
-                self._set_alarm()
-                await trio.sleep_forever()
-            self._drive(Woken())
+        await self._loop.run()
 
     # --- the machine --------------------------------------------------------------------------------
 
     def _drive(self, what: DhtInput) -> None:
-        if self.closed:
-            return
-        self._inbox.append(what)
-        if self._driving:
-            return
-        self._driving = True
-        try:
-            while self._inbox:
-                for effect in self.machine.receive(monotonic_now(), self._inbox.popleft()):
-                    self._apply(effect)
-        finally:
-            self._driving = False
-            self._set_alarm()
+        if not self.closed:
+            self._loop.feed(what)
 
     def _apply(self, effect: DhtEffect) -> None:
         match effect:
@@ -206,12 +188,7 @@ class DhtDriver:
             case Persist(key, value):
                 self._files.save_value(key, value)
             case _:
-                pass  # WakeAt: `run` asks `next_wake`. Trace: for the simulator's record
-
-    def _set_alarm(self) -> None:
-        wake = self.machine.next_wake()
-        # A microsecond more than asked for: a float must not round to a moment before.
-        self._alarm.deadline = trio.current_time() + 3600 if wake is None else (wake + 1000) / SECOND_NS
+                pass  # Trace: for the simulator's record
 
     def _tell(self, event: DhtEvent) -> None:
         match event:
@@ -258,7 +235,7 @@ class DhtDriver:
             waiting.append(wire)
         elif len(self._outbox) >= MAX_WAITING_PEERS:
             self.counters.dropped += 1
-            self._inbox.append(PeerLost(number))
+            self._drive(PeerLost(number))
         else:
             self._outbox[number] = deque((wire,))
             self._nursery.start_soon(self._connect, number)

@@ -6,7 +6,6 @@ engine's event, a lost link, the alarm), nothing waits; what one step causes is 
 
 from __future__ import annotations
 
-import math
 import struct
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator
@@ -21,15 +20,16 @@ import trio
 from cargos.runtimes.shards.base import Computed, Lost, OnEvent, Refused, StageEvent, StageRuntime, Wanted
 from cargos.shards.dtypes import row_bytes
 from node.jobs import RECEIPT_TTL_NS
-from node.overlay.driver import monotonic_now
+from node.machine_loop import MachineLoop
+from node.overlay.clock import monotonic_now
 from node.p2p import Host
 from node.p2p.host import plain_errors
 from node.shards.links import LinkUser, Reach, RingLinks
 from protocol.envelope import Envelope, Signer
 from protocol.ids import PeerId
-from protocol.instants import SECOND_NS, UnixNs
+from protocol.instants import UnixNs
 from protocol.limits import MIB
-from protocol.machine import Disconnect, Effect, Emit, Input, Ordered, Received, Send, Trace, Woken
+from protocol.machine import Disconnect, Effect, Emit, Ordered, Received, Send, Trace
 from protocol.ring import (
     DTYPES,
     STAGE_RECEIPT_KIND,
@@ -164,9 +164,7 @@ class RingService:
         self._waiting_bytes = 0
         self._heads: dict[str, RingSession] = {}
         self._trips: OrderedDict[tuple[str, ...], int] = OrderedDict()
-        self._inbox: deque[Input[PeerId, RingMessage, Command]] = deque()
-        self._driving = False
-        self._alarm = trio.CancelScope()
+        self._loop: MachineLoop[PeerId, RingMessage, Command, RingEvent] = MachineLoop(machine, self._apply)
         user = LinkUser(
             self._received,
             lambda peer, reason: self._order(DownstreamLost(peer, reason)),
@@ -251,41 +249,17 @@ class RingService:
 
     async def run(self) -> None:
         """Wake the machine when it asks for it, until cancelled."""
-        while True:
-            with trio.CancelScope() as self._alarm:
-                self._set_alarm()
-                await trio.sleep_forever()
-            self._drive(Woken())
+        await self._loop.run()
 
     def close(self) -> None:
         """End all links; peers learn it from that."""
         self.links.close()
 
     def _received(self, peer: PeerId, message: RingMessage) -> None:
-        self._drive(Received(peer, message))
+        self._loop.feed(Received(peer, message))
 
     def _order(self, command: Command) -> None:
-        self._drive(Ordered(command))
-
-    def _drive(self, what: Input[PeerId, RingMessage, Command]) -> None:
-        self._inbox.append(what)
-        if self._driving:
-            return
-        self._driving = True
-        try:
-            while self._inbox:
-                for effect in self._machine.receive(monotonic_now(), self._inbox.popleft()):
-                    self._apply(effect)
-        finally:
-            self._driving = False
-        self._set_alarm()
-
-    def _set_alarm(self) -> None:
-        wake = self._machine.next_wake()
-        # A microsecond more than asked for: a float must not round to a moment before.
-        deadline = math.inf if wake is None else (wake + 1000) / SECOND_NS
-        if deadline != self._alarm.deadline:  # with most tokens it is the same
-            self._alarm.deadline = deadline
+        self._loop.feed(Ordered(command))
 
     def _apply(self, effect: Effect[PeerId, RingMessage, RingEvent]) -> None:
         match effect:
@@ -301,7 +275,7 @@ class RingService:
             case Trace(name, values):
                 _log.debug(name, **dict(values))
             case _:
-                pass  # WakeAt: `run` asks `next_wake`
+                pass
 
     # --- from the machine -----------------------------------------------------------------------------
 
