@@ -13,7 +13,7 @@ from node.runner import add_version_flag, guarded
 #: imported: they take most of a second.
 _COMMANDS: Final = {
     "demo": (
-        "gateway.demo",
+        "gateway.demo.demo",
         "three Islands and a gateway on this machine, and a first answer",
     ),
     "chat": ("gateway.chat", "talk to a model in the terminal"),

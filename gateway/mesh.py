@@ -17,8 +17,8 @@ import structlog
 import trio
 
 from dht.coordinates import estimate_ns
-from gateway.chain_orders import OrderGiver
-from gateway.chains import ChainKeeper
+from gateway.chains.keeper import ChainKeeper
+from gateway.chains.orders import OrderGiver
 from gateway.followed_cargos import FollowedCargos
 from gateway.mesh_book import MeshBook
 from gateway.mesh_job import MeshJob, Stream

@@ -11,7 +11,7 @@ import msgspec
 import structlog
 import trio
 
-from gateway.chains import ChainKeeper
+from gateway.chains.keeper import ChainKeeper
 from gateway.service import Completed, Failed, FailureCode, JobEvent, Placed, Preparing, Released
 from gateway.work_done import WorkBook
 from node.p2p import StreamBroken, Unreachable

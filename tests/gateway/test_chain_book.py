@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from cargos.manifest import Sharding
-from gateway.chain_book import (
+from gateway.chains.book import (
     LOADING_NS,
     ORDER_SHOWN_NS,
     REFUSED_FIRST_NS,
@@ -18,7 +18,7 @@ from gateway.chain_book import (
     Order,
     Stepped,
 )
-from gateway.chain_layout import MAX_STAGE_ADDRESSES
+from gateway.chains.layout import MAX_STAGE_ADDRESSES
 from protocol.adverts import IslandAdvert, OfferedCargo, ShardRange
 from protocol.dice import Dice
 from protocol.envelope import Signer

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cargos.manifest import Sharding
-from gateway.chain_book import STAGGER_NS, ChainBook, Order
+from gateway.chains.book import STAGGER_NS, ChainBook, Order
 from node.shards.hosted import HostedShard
 from node.shards.memory import UNUSED_S, ShardMemory
 from protocol.adverts import IslandAdvert, OfferedCargo, ShardRange

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import trio
 
-from gateway.chain_orders import OrderGiver
+from gateway.chains.orders import OrderGiver
 from gateway.mesh_book import MeshBook
 from node.coordination.orders import ORDER_BURST, OrderRelay
 from node.identity import Identity, new_identity

@@ -26,7 +26,7 @@ from gateway.connection import (
     remove_connection,
     write_connection,
 )
-from gateway.demo_screen import (
+from gateway.demo.screen import (
     ChainShown,
     IslandRow,
     NoChainShown,
@@ -37,7 +37,7 @@ from gateway.demo_screen import (
     readable_untrusted,
     told_untrusted,
 )
-from gateway.demo_words import island_command, too_little
+from gateway.demo.words import island_command, too_little
 from gateway.keys import hash_of_key
 from gateway.server import overlay_config
 from node.config import OverlaySettings
@@ -62,7 +62,7 @@ def test_help_loads_neither_network_nor_web(module: str) -> None:
 
 def test_asking_needs_no_network_code() -> None:
     """`archi demo` and `archi chat` start at once: neither is a peer itself."""
-    code = "import gateway.demo, gateway.chat, sys; print('libp2p' in sys.modules)"
+    code = "import gateway.demo.demo, gateway.chat, sys; print('libp2p' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 

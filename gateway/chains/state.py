@@ -1,12 +1,12 @@
-"""What is remembered of a Cargo while its chain is formed and kept (gateway/chain_book.py)."""
+"""What is remembered of a Cargo while its chain is formed and kept (gateway/chains/book.py)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Final
 
-from gateway.chain_layout import Layout
-from gateway.chain_shortage import Shortage
+from gateway.chains.layout import Layout
+from gateway.chains.shortage import Shortage
 from protocol.ids import PeerId
 from protocol.instants import Instant
 from routing.chains.plan import ModelShape

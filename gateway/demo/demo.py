@@ -36,8 +36,8 @@ from gateway.chat import figures, terminal_safe
 from gateway.chat_client import Answering, ChatClient, ChatFailed, Closed, HandedOver
 from gateway.chat_client import Text as AnswerText
 from gateway.connection import Connection, connection_path, remove_connection, write_connection
-from gateway.demo_children import Child, last_words, row_of
-from gateway.demo_screen import (
+from gateway.demo.children import Child, last_words, row_of
+from gateway.demo.screen import (
     ChainShown,
     IslandRow,
     NoChainShown,
@@ -47,7 +47,7 @@ from gateway.demo_screen import (
     islands_table,
     told_untrusted,
 )
-from gateway.demo_words import how_to, island_command, too_little
+from gateway.demo.words import how_to, island_command, too_little
 from gateway.keys import new_key
 from node.control import NotRunning, ask_status
 from node.runner import flatten

@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 
 from cargos.manifest import Sharding
-from gateway.chain_layout import (
+from gateway.chains.layout import (
     Layout,
     Offer,
     layout_of,
@@ -28,10 +28,10 @@ from gateway.chain_layout import (
     standing,
     with_few_addresses,
 )
-from gateway.chain_renewal import renewed
-from gateway.chain_room import elsewhere_mib, idle_bytes
-from gateway.chain_shortage import Shortage, shortage_of
-from gateway.chain_state import ChainedCargo, Refused, Taken
+from gateway.chains.renewal import renewed
+from gateway.chains.room import elsewhere_mib, idle_bytes
+from gateway.chains.shortage import Shortage, shortage_of
+from gateway.chains.state import ChainedCargo, Refused, Taken
 from protocol.dice import Dice
 from protocol.ids import CargoDigest, PeerId
 from protocol.instants import SECOND_NS, Instant, after

@@ -7,7 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from gateway.demo_screen import NoChainShown
+from gateway.demo.screen import NoChainShown
 
 
 def _beside_us(command: str) -> str:

@@ -1,5 +1,5 @@
 """Keeps chains for Cargos that no single Island holds: asks Islands to hold layers, waits until they have them,
-and mends what breaks. What is decided is in `gateway.chain_book`; here are the calls and the clock.
+and mends what breaks. What is decided is in `gateway.chains.book`; here are the calls and the clock.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import structlog
 import trio
 
 from dht.coordinates import estimate_ns
-from gateway.chain_book import ChainBook, Order
-from gateway.chain_layout import Layout
-from gateway.chain_orders import REACH_S, OrderGiver
-from gateway.chain_shortage import Shortage
+from gateway.chains.book import ChainBook, Order
+from gateway.chains.layout import Layout
+from gateway.chains.orders import REACH_S, OrderGiver
+from gateway.chains.shortage import Shortage
 from gateway.mesh_book import MeshBook
 from gateway.service import StageInfo
 from gateway.work_done import WorkBook

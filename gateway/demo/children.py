@@ -10,7 +10,7 @@ from typing import BinaryIO, Final
 
 import trio
 
-from gateway.demo_screen import IslandRow, readable_untrusted
+from gateway.demo.screen import IslandRow, readable_untrusted
 from node.control import NotRunning, Snapshot, ask_status
 from node.snapshot import ShardSnapshot
 
