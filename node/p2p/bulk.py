@@ -87,7 +87,7 @@ class BulkConnections:
         self._host = host
         self._limits = limits
         self._of_peer: dict[PeerId, list[Connection]] = {}
-        self._dials: dict[PeerId, trio.Lock] = {}
+        self._dials: dict[tuple[PeerId, bool], trio.Lock] = {}
 
     @property
     def all(self) -> tuple[Connection, ...]:
@@ -157,13 +157,15 @@ class BulkConnections:
         return max(usable, key=lambda c: c.heard_at, default=None)
 
     async def _connection(self, peer: PeerId, protocol: str, addresses: tuple[str, ...]) -> Connection | None:
-        lock = self._dials.setdefault(peer, trio.Lock())
+        # Two callers, one connection. But whoever has learnt of a relay waits for nobody who dials without it.
+        dialling = (peer, bool(_split(peer, addresses)[1]))
+        lock = self._dials.setdefault(dialling, trio.Lock())
         try:
-            async with lock:  # two callers, one connection
+            async with lock:
                 return self._usable(peer, protocol) or await self._dial(peer, addresses)
         finally:
             if not lock.locked():
-                self._dials.pop(peer, None)
+                self._dials.pop(dialling, None)
 
     async def _dial(self, peer: PeerId, addresses: tuple[str, ...]) -> Connection | None:
         """At the first address that answers; None if none does, or the peer takes no such connection."""

@@ -103,7 +103,7 @@ class Host:
         self._relayed_count = 0
         self._held: dict[PeerId, int] = {}
         self._punches: dict[str, PeerId] = {}
-        self._dials: dict[PeerId, trio.Lock] = {}
+        self._dials: dict[tuple[PeerId, bool], trio.Lock] = {}
         self._bulk = BulkConnections(self, limits)
         self._handshakes = Handshakes(limits.max_handshakes)
         self._subscribers: list[Callable[[HostEvent], None]] = []
@@ -229,14 +229,16 @@ class Host:
         target, peer = parse_peer_address(address)
         if peer == self.peer:
             raise Unreachable("that is this node itself")
-        lock = self._dials.setdefault(peer, trio.Lock())
+        # Two callers, one connection. But the way through a relay waits for no socket that nobody answers.
+        dialling = (peer, target.relay is not None)
+        lock = self._dials.setdefault(dialling, trio.Lock())
         try:
-            async with lock:  # two callers, one connection
+            async with lock:
                 if self._usable(peer, over) is None:
                     await self._dial(target, peer, from_listener=over is is_from_listener)
         finally:
             if not lock.locked():
-                self._dials.pop(peer, None)
+                self._dials.pop(dialling, None)
         return peer
 
     async def open_stream(self, peer: PeerId, protocol: str, *, over: PathFilter | None = None) -> Stream:

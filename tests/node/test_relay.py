@@ -165,6 +165,33 @@ async def test_bulk_for_a_peer_at_a_relay_waits_for_none_of_its_plain_addresses(
         nursery.cancel_scope.cancel()
 
 
+async def test_who_has_learnt_of_a_relay_waits_for_no_dial_from_before(until) -> None:
+    """A spare may be dialled in advance before it has told that it is behind a NAT."""
+    reached: list[object] = []
+
+    async def say_nothing(stream) -> None:
+        reached.append(stream)
+        await trio.sleep_forever()
+
+    patient = HostLimits(handshake_s=10 * PATIENCE_S, bulk_dial_s=10 * PATIENCE_S)
+    async with (
+        meeting() as m,
+        open_host(new_identity(), limits=patient) as here,
+        trio.open_nursery() as nursery,
+    ):
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, say_nothing, [listener])
+        dead = f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}/p2p/{m.island.peer}"
+        m.island.handle("/rows/1", echo, bulk=True)
+        nursery.start_soon(here.warm_bulk, m.island.peer, "/rows/1", (dead,))
+        nursery.start_soon(here.connect, dead)
+        await until(lambda: len(reached) == 2)
+        with trio.fail_after(PATIENCE_S):
+            stream = await here.open_bulk_stream(m.island.peer, "/rows/1", (dead, m.address))
+        assert stream.path.relay == m.relay.peer
+        nursery.cancel_scope.cancel()
+
+
 async def test_bulk_is_dialled_at_all_addresses_at_once() -> None:
     async def say_nothing(stream) -> None:
         await stream.receive_some()
