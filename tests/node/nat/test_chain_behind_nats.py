@@ -101,12 +101,18 @@ class Scene:
         said = json.loads(lines[-1]) if lines else {"stages": [], "spares": []}
         return said["stages"], said["spares"]
 
-    def whose_place_is_doubled(self, ring: list[str]) -> str:
-        """At whose place in this ring the one who is not in it stands by."""
+    def ring(self) -> tuple[str, str]:
+        """Of the job that was placed last: at whose place somebody stands by, and the other one."""
+        ring = [
+            part.split()[0]
+            for part in json.loads(self.said("gateway", '"job placed"')[-1])["layers"].split(", ")
+        ]
         stages, spares = self.layout()
         layers = {name: layers for name, *layers in (*stages, *spares)}
         (spare,) = set(layers) - set(ring)
-        return next(name for name in ring if layers[name] == layers[spare])
+        (doubled,) = (name for name in ring if layers[name] == layers[spare])
+        (other,) = set(ring) - {doubled}
+        return doubled, other
 
     async def undisturbed(self, url: str) -> tuple[str, list[str]]:
         """An answer that cost no stage, and its ring. An earlier one may come before all Islands have told
@@ -209,34 +215,36 @@ async def test_a_chain_answers_and_a_killed_stage_is_replaced(network, tmp_path,
     async with scene(network, tmp_path, places) as (here, url):
         undisturbed, ring = await here.undisturbed(url)
         assert len(undisturbed) > TOKENS
-        victim = here.whose_place_is_doubled(ring)
+        killed: list[str] = []
         if punched:
             await here.until(lambda: any(here.said(name, DIRECT) for name in ring), "no hole was punched")
 
         def kill(count: int) -> None:
             if count == AT_TOKEN:
-                here.processes[victim].kill()
+                killed.append(here.ring()[0])
+                here.processes[killed[0]].kill()
 
         text, usage = await here.ask(url, kill)
         assert text == undisturbed
         names = {stage["island"] for stage in usage["stages"]}
-        assert names == set(NAMES) - {victim}
+        assert names == set(NAMES) - set(killed)
         assert all(punched or not here.said(name, DIRECT) for name in NAMES)
 
 
 async def test_two_that_lose_sight_of_each_other_are_kept_apart_and_not_charged(network, tmp_path) -> None:
     async with scene(network, tmp_path, [network.public() for _ in NAMES]) as (here, url):
-        undisturbed, ring = await here.undisturbed(url)
-        victim = here.whose_place_is_doubled(ring)
-        (neighbour,) = set(ring) - {victim}
+        undisturbed, _ = await here.undisturbed(url)
+        parted: list[str] = []
 
         def lose(count: int) -> None:
             if count == AT_TOKEN:
-                cut(here.places[victim], here.places[neighbour])
-                cut(here.places[neighbour], here.places[victim])
+                parted[:] = here.ring()
+                cut(here.places[parted[0]], here.places[parted[1]])
+                cut(here.places[parted[1]], here.places[parted[0]])
 
         text, usage = await here.ask(url, lose)
         assert text == undisturbed
+        victim = parted[0]
         assert {stage["island"] for stage in usage["stages"]} == set(NAMES) - {victim}
         await here.until(lambda: here.said("gateway", "stages kept apart"), "nobody is kept apart")
         # The next job has no trouble any more: it goes another way from the start.
