@@ -9,7 +9,6 @@ as received, so verification never depends on re-encoding.
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import ClassVar, Final, Generic, TypeVar
 
@@ -21,7 +20,7 @@ from protocol.codec import Codec, Message, encode
 from protocol.errors import Fault, ProtocolError
 from protocol.ids import PUBLIC_KEY_BYTES, PeerId, peer_id_of
 from protocol.instants import SECOND_NS, UnixNs
-from protocol.limits import MAX_ENVELOPE_OVERHEAD_BYTES, MAX_REPLAY_ISSUERS, MAX_RPC_BYTES
+from protocol.limits import MAX_ENVELOPE_OVERHEAD_BYTES, MAX_RPC_BYTES
 
 T = TypeVar("T", bound=Message)
 
@@ -107,28 +106,6 @@ def open_untrusted(envelope: Envelope, kind: str, codec: Codec[T], now: UnixNs) 
         raise ProtocolError(Fault.SIGNATURE, "the signature does not match") from error
     body = codec.decode_untrusted(envelope.body)
     return Opened(envelope.peer, envelope.sequence, UnixNs(envelope.expires_unix_ns), body)
-
-
-class ReplayGuard:
-    """Remembers the highest sequence number seen per (issuer, kind), oldest forgotten first.
-
-    Forgetting is safe for statements that expire sooner than `capacity` other issuers speak.
-    """
-
-    def __init__(self, capacity: int = MAX_REPLAY_ISSUERS) -> None:
-        self._last: OrderedDict[tuple[PeerId, str], int] = OrderedDict()
-        self._capacity = capacity
-
-    def admit_untrusted(self, issuer: PeerId, kind: str, sequence: int) -> None:
-        """Accept a number higher than any before, else raise ProtocolError (REPLAYED)."""
-        key = (issuer, kind)
-        last = self._last.get(key)
-        if last is not None and sequence <= last:
-            raise ProtocolError(Fault.REPLAYED, f"sequence {sequence} is not above {last}")
-        self._last[key] = sequence
-        self._last.move_to_end(key)
-        if len(self._last) > self._capacity:
-            self._last.popitem(last=False)
 
 
 def _signed_bytes(issuer: bytes, kind: str, sequence: int, expires_unix_ns: int, body: bytes) -> bytes:

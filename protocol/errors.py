@@ -18,7 +18,6 @@ class Fault(StrEnum):
     UNEXPECTED = "unexpected"
     SIGNATURE = "signature"
     EXPIRED = "expired"
-    REPLAYED = "replayed"
     WRONG_ISSUER = "wrong-issuer"
 
 

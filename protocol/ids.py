@@ -34,7 +34,6 @@ _CHECKED_NAMES: Final = 4096
 _PEER_ID_PREFIX: Final = bytes((0x00, 0x24, 0x08, 0x01, 0x12, 0x20))
 # `\Z`, not `$`: a trailing newline is not part of a name.
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}\Z")
-_JOB_ID: Final = re.compile(r"[0-9a-f]{32}\Z")
 
 
 def peer_id_of(public_key: bytes) -> PeerId:
@@ -77,10 +76,3 @@ def cargo_digest_untrusted(text: str) -> CargoDigest:
     if not _DIGEST.match(text):
         raise ProtocolError(Fault.MALFORMED, "a Cargo digest is 'sha256:' and 64 lower-case hex digits")
     return CargoDigest(text)
-
-
-def job_id_untrusted(text: str) -> JobId:
-    """The text as a JobId, or ProtocolError."""
-    if not _JOB_ID.match(text):
-        raise ProtocolError(Fault.MALFORMED, "a job id is 32 lower-case hex digits")
-    return JobId(text)

@@ -95,6 +95,3 @@ MAX_ADDRESSES: Final = 16
 
 #: Islands that one coordinator keeps adverts of. One advert is about 1 KiB decoded.
 MAX_ISLANDS_PER_COORDINATOR: Final = 10_000
-
-#: Issuers whose last sequence numbers a replay guard remembers before it forgets the oldest.
-MAX_REPLAY_ISSUERS: Final = 65_536

@@ -13,14 +13,12 @@ from protocol.coordination import (
     METHOD_COORDINATION,
     CoordinationMessage,
     FromCoordinator,
-    ToCoordinator,
 )
 from protocol.errors import Fault, ProtocolError
 from protocol.ids import PeerId
 
 Taker = Callable[[PeerId, CoordinationMessage], None]
 
-_TO_COORDINATOR: Final = frozenset[type](get_args(ToCoordinator))
 _FROM_COORDINATOR: Final = frozenset[type](get_args(FromCoordinator))
 
 

@@ -29,7 +29,6 @@ PROTOCOL_FAULT: Final = 1
 INITIAL_WINDOW_BYTES: Final = 256 * 1024
 
 MAX_STREAM_ID: Final = (1 << 32) - 1
-_MAX_U32: Final = (1 << 32) - 1
 
 #: Largest window and largest frame that a peer may believe in. rust-yamux grows windows up to 16 MiB.
 MAX_WINDOW_BYTES: Final = 16 * 1024 * 1024
